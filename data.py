@@ -1,0 +1,130 @@
+"""Photos become still videos, a class word becomes prompts with V*, and pictures of the class become the prior.
+
+Nothing to run here; train.py reads its samples from this page. What a sample is (photo, crop, caption) follows from the
+training seed and the sample's number alone, never from the process that asks for it.
+
+Shapes: frames (3, H, W) in [-1, 1]; still videos in latents (B, 4, T, h, w).
+"""
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from model import BadInput
+
+# "{}" is "V* dog". Custom Diffusion uses one such template; a few keep V* from binding to the words around it.
+TEMPLATES = ("a {}", "a photo of a {}", "a picture of a {}")
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+@dataclass
+class Photo:
+    path: Path
+    image: Image.Image    # RGB, upright
+    caption: str          # from NAME.txt beside it; empty: take a template
+
+
+def load_photos(folder, shortest, flag="--images"):
+    """Folder -> list of Photo, in the order of their names, none shorter on its short side than it has to be.
+
+    `shortest`: pictures larger than twice this many pixels on their short side are shrunk once, here. Unreadable files
+    are reported and left out. Raises BadInput if the folder is missing or no picture is left.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadInput(f"{flag} {folder}: no such folder; it should hold 4 to 6 photos of the subject")
+    photos = []
+    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES):
+        try:
+            photos.append(Photo(path, load_picture(path, shortest), read_caption(path.with_suffix(".txt"))))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            print(f"warning: {path}: not a readable picture ({error}); left out", file=sys.stderr)
+    if not photos:
+        raise BadInput(f"{flag} {folder}: holds no readable picture ({', '.join(sorted(PICTURES))})")
+    return photos
+
+
+def load_picture(path, shortest):
+    """A file in any mode and orientation -> RGB, upright, transparent parts over white."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # 16-bit grey, which convert("RGB") would clip
+            grey = np.asarray(image).astype(np.float32)
+            top = 65535 if grey.max() > 255 else 255
+            image = Image.fromarray((grey / top * 255).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+    if min(image.size) > 2 * shortest:
+        image = ImageOps.scale(image, 2 * shortest / min(image.size), Image.LANCZOS)
+    return image
+
+
+def read_caption(path):
+    """NAME.txt -> its text on one line; empty if there is no such file. Raises BadInput if it is not UTF-8 text."""
+    try:
+        return " ".join(path.read_text(encoding="utf-8-sig").split())
+    except FileNotFoundError:
+        return ""
+    except (UnicodeDecodeError, OSError) as error:
+        raise BadInput(f"{path}: not a readable UTF-8 text file ({error}); write the picture's caption there or delete it") from None
+
+
+def crop(image, height, width, rng=None):
+    """RGB image -> frame (3, H, W) in [-1, 1]: the largest centred crop of that shape.
+
+    With a numpy Generator: at up to 1.15 times the scale, up to 5% off the centre, and mirrored half of the time.
+    """
+    zoom, dx, dy = (rng.uniform(1, 1.15), *rng.uniform(-0.05, 0.05, 2)) if rng else (1, 0, 0)
+    w, h = image.size
+    scale = max(width / w, height / h) * zoom
+    cw, ch = width / scale, height / scale                          # the crop, in the image's own pixels
+    left = min(max((w - cw) / 2 + dx * cw, 0), w - cw)
+    top = min(max((h - ch) / 2 + dy * ch, 0), h - ch)
+    image = image.resize((width, height), Image.BICUBIC, box=(left, top, left + cw, top + ch))
+    if rng and rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+
+
+def subject_sample(photos, index, seed, height, width, words):
+    """Sample number `index` of a run -> frame (3, H, W), caption. Every photo comes once before any comes again.
+
+    `words`: what fills a template, "V* dog".
+    """
+    epoch, place = divmod(index, len(photos))
+    photo = photos[np.random.default_rng((seed, 0, epoch)).permutation(len(photos))[place]]
+    rng = np.random.default_rng((seed, 1, index))
+    caption = photo.caption or TEMPLATES[rng.integers(len(TEMPLATES))].format(words)
+    return crop(photo.image, height, width, rng), caption
+
+
+def prior_sample(count, index, seed):
+    """Sample number `index` of a run -> which of `count` prior pictures it takes."""
+    return int(np.random.default_rng((seed, 2, index)).integers(count))
+
+
+def noise_sample(index, seed, shape, levels):
+    """Sample number `index` of a run -> (t, eps): a noise level in 0 ... levels - 1 and Gaussian noise of the given shape."""
+    rng = np.random.default_rng((seed, 3, index))
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    return int(rng.integers(levels)), torch.randn(shape, generator=generator)
+
+
+def still_video(z, frames):
+    """Latents of pictures (B, 4, h, w) -> still videos (B, 4, T, h, w): the paper's repetition of each photo N times.
+
+    One encoded frame, repeated by reference: no memory, and T times less encoding.
+    """
+    return z[:, :, None].expand(-1, -1, frames, -1, -1)
+
+
+def check_placeholder(placeholder, flag="--placeholder"):
+    if not re.fullmatch(r"\S{1,32}", placeholder) or not re.search(r"\W", placeholder):
+        raise BadInput(f"{flag} {placeholder!r}: should be one word, without spaces, that holds a sign which ordinary "
+                       f"words do not, such as V* or <new1>")

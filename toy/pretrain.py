@@ -1,0 +1,216 @@
+"""Trains the embedded base from nothing: the VAE on pictures of the world, then the text tower with the UNet on its clips.
+
+    python toy/pretrain.py                    # all stages, a few hours on 2 CPU cores; the same command again resumes
+    python toy/pretrain.py --stage vae        # one stage: vae, latents, unet, export
+
+State is kept in --out (runs/pretrain); `export` writes the base folder, toy/base. The classes are VideoCrafter2's, and so
+is what they learn: noise prediction with dropped captions. Only the numbers in CONFIG are small.
+
+Shapes: N pictures, B clips, T frames; videos (B, C, T, H, W).
+"""
+import argparse
+import math
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from model import (TRAIN_STEPS, BaseConfig, Defaults, NoiseSchedule, ScheduleConfig, TextConfig, Tokenizer, UNetConfig, VAEConfig,
+                   build_part, fingerprint, save_config)
+from toy.world import SIZE, caption, draw_clip, random_look, random_scene
+
+FRAMES = 8
+LATENT_STD = 3.0  # of the scaled latents: at what noise level motion is decided depends on it
+CONFIG = BaseConfig(
+    name="toy",
+    schedule=ScheduleConfig(),
+    text=TextConfig(width=64, heads=4, layers=2),
+    vae=VAEConfig(channels=16, channel_mult=(1, 2, 4, 4), num_res_blocks=1, norm_groups=4),
+    unet=UNetConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2), head_channels=16,
+                    context_dim=64, norm_groups=8),
+    defaults=Defaults(frames=FRAMES, height=SIZE, width=SIZE, fps=8, save_fps=8, prompt="a V* {class word} moving left on the sea",
+                      rank=8, lr=2e-3, train_steps=300, batch_size=2, num_prior=16, photos="toy/subjects/ember", class_word="star"))
+
+
+def main():
+    p = argparse.ArgumentParser(description="Pre-train the embedded base.")
+    p.add_argument("--stage", choices=["all", "vae", "latents", "unet", "export"], default="all")
+    p.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="folder for the state of unfinished stages")
+    p.add_argument("--base", type=Path, default=Path("toy/base"), help="folder that the base is written to")
+    p.add_argument("--vae_steps", type=int, default=2200, help="steps of 16 pictures")
+    p.add_argument("--image_steps", type=int, default=1500, help="first steps of the UNet, on 96 single frames each")
+    p.add_argument("--clip_steps", type=int, default=4000, help="further steps of the UNet, on 16 clips each")
+    p.add_argument("--clips", type=int, default=8000, help="clips that are drawn and encoded once")
+    args = p.parse_args()
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.out.mkdir(parents=True, exist_ok=True)
+    stages = {"vae": train_vae, "latents": encode_clips, "unet": train_unet, "export": export}
+    for stage, run in stages.items():
+        if args.stage in ("all", stage):
+            run(args)
+
+
+def draw_pictures(count, seed):
+    """count pictures (N, 3, 64, 64) uint8: half from the world, half sprites of any look, size and turn."""
+    rng = np.random.default_rng(seed)
+    pictures = []
+    for i in range(count):
+        scene = random_scene(rng)
+        if i % 2:
+            scene = replace(scene, look=random_look(rng), direction="", radius=rng.uniform(12, 24),
+                            angle=rng.uniform(-0.6, 0.6), start=tuple(rng.uniform(16, SIZE - 16, 2)))
+        pictures.append(draw_clip(scene, 1, first=rng.integers(FRAMES))[0])
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+
+
+def train_vae(args, batch=16, lr=2e-3, kl_weight=1e-6, pool=12_000):
+    """Reconstruction plus a weak pull of the latent's distribution towards N(0, 1), as in AutoencoderKL."""
+    torch.manual_seed(0)
+    vae = build_part("vae", CONFIG).to(args.device, memory_format=torch.channels_last)
+    run = Run("vae", args.out, vae, lr, args.vae_steps)
+    if run.step == run.steps:
+        return
+    pictures = draw_pictures(pool, seed=1)
+    while run.step < run.steps:
+        rng = np.random.default_rng((2, run.step))
+        x = pictures[rng.integers(len(pictures), size=batch)].to(args.device).float() / 127.5 - 1
+        if rng.random() < 0.5:
+            x = x.flip(3)
+        mean, logvar = vae.moments(x.contiguous(memory_format=torch.channels_last))
+        z = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * torch.randn_like(mean)
+        y = vae.decode(z * vae.latent_factor)
+        mse = F.mse_loss(y, x)
+        kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)).mean()
+        run.optimize(4 * mse + 0.2 * F.l1_loss(y, x) + kl_weight * kl, psnr=10 * torch.log10(4 / mse), kl=kl)
+
+
+def draw_scenes(count, seed=3):
+    rng = np.random.default_rng(seed)
+    return [random_scene(rng, FRAMES) for _ in range(count)]
+
+
+@torch.no_grad()
+def encode_clips(args, batch=32):
+    """Draws args.clips clips and keeps their latents, (clips, T, 4, 8, 8) float16, and the factor that scales them."""
+    path = args.out / "latents.safetensors"
+    if path.exists():
+        return
+    vae = load_average("vae", args).to(args.device, memory_format=torch.channels_last)
+    scenes, latents, start = draw_scenes(args.clips), [], time.time()
+    for i in range(0, len(scenes), batch):
+        x = torch.from_numpy(np.concatenate([draw_clip(scene, FRAMES) for scene in scenes[i:i + batch]])).permute(0, 3, 1, 2)
+        latents.append(vae.moments((x.to(args.device).float() / 127.5 - 1))[0].unflatten(0, (-1, FRAMES)).half().cpu())
+        if i % (50 * batch) == 0:
+            print(f"latents {i}/{len(scenes)}  {time.time() - start:.0f} s", flush=True)
+    latents = torch.cat(latents)
+    save_file({"latents": latents, "factor": LATENT_STD / latents.float().std()}, path)
+
+
+def train_unet(args, images=96, clips=16, lr=1e-3):
+    """Eq. 1 on single frames first, 8 times cheaper, then on clips with a share of single frames; captions drop words."""
+    torch.manual_seed(0)
+    data = load_file(args.out / "latents.safetensors")
+    scenes, latents = draw_scenes(len(data["latents"])), data["latents"].float() * data["factor"]
+    schedule, tokenizer = NoiseSchedule(CONFIG.schedule), Tokenizer()
+    networks = torch.nn.ModuleDict({part: build_part(part, CONFIG) for part in ("unet", "text_encoder")}).to(args.device)
+    run = Run("unet", args.out, networks, lr, args.image_steps + args.clip_steps)
+    while run.step < run.steps:
+        rng = np.random.default_rng((4, run.step))
+        single = run.step < args.image_steps or run.step % 8 == 0
+        which = rng.integers(len(scenes), size=images if single else clips)
+        z_0 = latents[which].transpose(1, 2)                                            # (B, 4, T, 8, 8)
+        if single:
+            z_0 = z_0[torch.arange(len(which)), :, torch.from_numpy(rng.integers(FRAMES, size=len(which)))][:, :, None]
+        texts = [caption(replace(scenes[k], direction="") if single else scenes[k], rng) for k in which]
+        fps = torch.tensor([scenes[k].fps for k in which], device=args.device)
+        # Half of the noise levels are drawn from the noisier half again: layout and motion are decided there, and the
+        # plain loss hardly notices.
+        t = rng.integers(TRAIN_STEPS, size=len(which))
+        t = torch.from_numpy(np.where(rng.random(len(which)) < 0.5, t, TRAIN_STEPS // 2 + t // 2))
+        z_0, t = z_0.to(args.device), t.to(args.device)
+        eps = torch.randn_like(z_0)
+        context = networks["text_encoder"](tokenizer(texts).to(args.device))
+        loss = F.mse_loss(networks["unet"](schedule.add_noise(z_0, t, eps), t, fps, context), eps)
+        run.optimize(loss, **{"images" if single else "clips": loss})
+
+
+def export(args):
+    """The averaged weights become a base folder."""
+    networks = {"vae": load_average("vae", args)}
+    both = torch.nn.ModuleDict({part: build_part(part, CONFIG) for part in ("unet", "text_encoder")})
+    load_average("unet", args, both)
+    networks |= dict(both)
+    # Words that no caption has were never trained: their random rows become zero, which says nothing instead of anything.
+    words = Tokenizer()([caption(scene) for scene in draw_scenes(2000)]).unique()
+    table = both["text_encoder"].token_embedding.weight.data
+    keep = torch.zeros(len(table), 1)
+    keep[words] = 1
+    table.mul_(keep)
+    config = replace(CONFIG, vae=replace(CONFIG.vae, latent_factor=float(load_file(args.out / "latents.safetensors")["factor"])))
+    states = {part: {name: x.bfloat16().contiguous() for name, x in network.state_dict().items()} for part, network in networks.items()}
+    config.fingerprint = fingerprint(states)
+    args.base.mkdir(parents=True, exist_ok=True)
+    for part, state in states.items():
+        save_file(state, args.base / f"{part}.safetensors")
+    save_config(config, args.base / "config.json")
+    print(f"wrote {args.base}: {sum(x.numel() for s in states.values() for x in s.values()) / 1e6:.2f} M parameters, "
+          f"fingerprint {config.fingerprint}")
+
+
+def load_average(stage, args, network=None):
+    """The moving average of a stage's weights, in `network` or in a new one of that name."""
+    network = network or build_part(stage, CONFIG)
+    state = torch.load(args.out / f"{stage}.pt", weights_only=True)["average"]
+    network.load_state_dict({name.removeprefix("module."): x for name, x in state.items() if name != "n_averaged"})
+    return network.eval()
+
+
+class Run:
+    """One resumable training run: optimizer, warm-up and cosine decay, moving average of the weights, saves, log lines."""
+
+    def __init__(self, name, out, network, lr, steps, ema=0.999, save_every=200):
+        self.path, self.network, self.lr, self.steps, self.save_every = out / f"{name}.pt", network, lr, steps, save_every
+        self.optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+        self.average = torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema))
+        self.step, self.log, self.start = 0, {}, time.time()
+        if self.path.exists():
+            state = torch.load(self.path, weights_only=True)
+            self.step = state["step"]
+            self.network.load_state_dict(state["network"])
+            self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            print(f"{name}: resumed at step {self.step} of {steps}", flush=True)
+
+    def optimize(self, loss, **metrics):
+        """One optimizer step on a scalar loss; metrics are averaged into the next log line."""
+        lr = self.lr * min(1, (self.step + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * self.step / self.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.average.update_parameters(self.network)
+        self.step += 1
+        for key, value in {"loss": loss, **metrics}.items():
+            self.log.setdefault(key, []).append(float(value.detach()))
+        if self.step % 50 == 0 or self.step == self.steps:
+            line = "  ".join(f"{key} {np.mean(values):.4f}" for key, values in self.log.items())
+            print(f"{self.path.stem} step {self.step}/{self.steps}  {line}  lr {lr:.1e}  {time.time() - self.start:.0f} s", flush=True)
+            self.log = {}
+        if self.step % self.save_every == 0 or self.step == self.steps:
+            temporary = self.path.with_suffix(".tmp")
+            torch.save({"step": self.step, "network": self.network.state_dict(), "average": self.average.state_dict(),
+                        "optimizer": self.optimizer.state_dict()}, temporary)
+            os.replace(temporary, self.path)
+
+
+if __name__ == "__main__":
+    main()

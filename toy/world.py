@@ -1,0 +1,249 @@
+"""The embedded base's world: 64x64 clips of one shaded sprite that moves over a textured ground, and their captions.
+
+    python toy/world.py            # draws samples into outputs/world.png, and the subjects' photos into toy/subjects/
+
+Every clip moves, whether or not its caption says so; what stands still appears as single frames only. That is what
+VideoCrafter2 was trained on (moving clips and single pictures), and it is why photos repeated into still clips are news
+to either base.
+"""
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SIZE = 64      # pixels, height and width
+TEXTURES = 4   # different places of each ground
+SPEED = 26.0   # pixels a second; at the default 8 frames a second a clip of 8 frames travels 23 pixels
+
+SHAPES = ("circle", "square", "triangle", "star", "heart")
+COLOURS = {"red": (0.86, 0.16, 0.16), "yellow": (0.96, 0.80, 0.12), "green": (0.18, 0.72, 0.20),
+           "blue": (0.16, 0.36, 0.90), "purple": (0.58, 0.22, 0.76), "white": (0.95, 0.95, 0.95)}
+GROUNDS = {"grass": (0.42, 0.58, 0.34), "sand": (0.80, 0.68, 0.48), "sea": (0.30, 0.56, 0.66),
+           "night": (0.13, 0.14, 0.26), "snow": (0.80, 0.84, 0.90)}
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # image coordinates: y grows downwards
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a sprite's body is painted. The base's training sees plain looks only."""
+    colour: tuple                # RGB in [0, 1]
+    second: tuple = None         # a second RGB, where there is a pattern
+    pattern: str = "plain"       # "plain", "stripes", "dots", "halves", "ring"
+    face: bool = False
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One clip before it is drawn. Positions and lengths in pixels, angles in radians."""
+    shape: str
+    look: Look
+    ground: str
+    direction: str
+    colour: str = ""             # the colour's name, for the caption; empty for a look that has none
+    start: tuple = (32.0, 32.0)  # the sprite's centre in the first frame
+    radius: float = 16.0
+    angle: float = 0.0
+    fps: int = 8
+    texture: int = 0             # which of the ground's TEXTURES
+
+
+def held_out(shape, colour, ground, direction):
+    """One combination in ten is never trained on."""
+    number = (SHAPES.index(shape) + list(COLOURS).index(colour) + 3 * list(GROUNDS).index(ground)
+              + 7 * list(DIRECTIONS).index(direction))
+    return number % 10 == 0
+
+
+def random_scene(rng, frames=8, unseen=False):
+    """numpy Generator -> Scene; combinations held out from training only if `unseen`."""
+    while True:
+        shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
+        ground, direction = rng.choice(list(GROUNDS)), rng.choice(list(DIRECTIONS))
+        if held_out(shape, colour, ground, direction) == unseen:
+            break
+    fps = int(rng.choice([6, 8, 8, 8, 12]))
+    rgb = np.clip(np.array(COLOURS[colour]) + rng.uniform(-0.04, 0.04, 3), 0, 1)
+    return Scene(shape, Look(tuple(rgb)), ground, direction, colour, start=random_start(rng, direction, fps, frames),
+                 radius=rng.uniform(15, 18), angle=rng.uniform(-0.3, 0.3), fps=fps, texture=int(rng.integers(TEXTURES)))
+
+
+def random_start(rng, direction, fps, frames):
+    """Where a sprite has to start so that its path is centred on a point near the middle."""
+    dx, dy = DIRECTIONS[direction]
+    travel = SPEED / fps * (frames - 1)
+    middle = rng.uniform(-6, 6, 2) + (rng.uniform(-8, 8) * abs(dy), rng.uniform(-8, 8) * abs(dx))
+    return tuple(SIZE / 2 + middle - 0.5 * travel * np.array([dx, dy]))
+
+
+def caption(scene, rng=None):
+    """Scene -> "a red star moving left on the grass"; with a generator, words drop out at random, sometimes all of them."""
+    keep = (lambda p: rng.random() < p) if rng else (lambda p: True)
+    if not keep(0.9):
+        return ""
+    words = ["a"]
+    if scene.colour and keep(0.7):
+        words.append(scene.colour)
+    words.append(scene.shape)
+    if scene.direction and keep(0.85):
+        words += ["moving", scene.direction]
+    if keep(0.85):
+        words += ["on the", scene.ground]
+    return " ".join(words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing. Images are (64, 64, 3) float in [0, 1] until the end.
+
+Y, X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float64) + 0.5
+
+
+def smooth_noise(rng, cells):
+    """cells (rows, columns) of noise, enlarged to (64, 64): the fewer cells, the softer."""
+    return np.asarray(Image.fromarray(rng.standard_normal(cells).astype(np.float32)).resize((SIZE, SIZE), Image.BICUBIC))
+
+
+@lru_cache
+def draw_ground(name, texture):
+    rng = np.random.default_rng((list(GROUNDS).index(name), texture))
+    shade = 0.035 * smooth_noise(rng, (5, 5)) + 0.05 * (Y / SIZE - 0.5)
+    if name == "grass":
+        shade = shade + 0.035 * smooth_noise(rng, (10, 28))
+    elif name == "sand":
+        shade = shade + 0.025 * np.sin(Y / 2.6 + 1.6 * smooth_noise(rng, (3, 3)) + rng.uniform(0, 6))
+    elif name == "sea":
+        shade = shade + 0.045 * np.sin(Y / 3.4 + 0.5 * np.sin(X / 7 + rng.uniform(0, 6)) + rng.uniform(0, 6))
+    elif name == "night":
+        for x, y in rng.uniform(3, SIZE - 3, (7, 2)):
+            shade = shade + 0.35 * np.exp(-((X - x) ** 2 + (Y - y) ** 2) / 1.1)
+    return np.array(GROUNDS[name]) + shade[..., None]
+
+
+def polygon_distance(u, v, corners):
+    """Signed distance of the points (u, v) to a polygon, negative inside."""
+    nearest, inside = np.full(u.shape, np.inf), np.zeros(u.shape, bool)
+    for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, axis=0)):
+        ex, ey = bx - ax, by - ay
+        along = np.clip(((u - ax) * ex + (v - ay) * ey) / (ex * ex + ey * ey), 0, 1)
+        nearest = np.minimum(nearest, (u - ax - along * ex) ** 2 + (v - ay - along * ey) ** 2)
+        if ay != by:
+            inside ^= ((ay > v) != (by > v)) & (u < ax + (v - ay) * ex / ey)
+    return np.where(inside, -1, 1) * np.sqrt(nearest)
+
+
+def _corners(shape):
+    if shape == "triangle":
+        a = np.deg2rad([-90, 30, 150])
+        return np.stack([0.95 * np.cos(a), 0.95 * np.sin(a) + 0.12], 1)
+    if shape == "star":
+        a = np.deg2rad(np.arange(10) * 36 - 90)
+        r = np.where(np.arange(10) % 2, 0.46, 1.02)
+        return np.stack([r * np.cos(a), r * np.sin(a) + 0.05], 1)
+    a = np.linspace(0, 2 * np.pi, 32, endpoint=False)  # heart
+    return np.stack([16 * np.sin(a) ** 3, -(13 * np.cos(a) - 5 * np.cos(2 * a) - 2 * np.cos(3 * a) - np.cos(4 * a)) - 2], 1) / 17
+
+
+CORNERS = {shape: _corners(shape) for shape in ("triangle", "star", "heart")}
+
+
+def shape_distance(shape, u, v):
+    """Signed distance to a shape's outline, in units of its radius."""
+    if shape == "circle":
+        return np.hypot(u, v) - 0.9
+    if shape == "square":
+        qu, qv = np.abs(u) - 0.62, np.abs(v) - 0.62
+        return np.hypot(np.maximum(qu, 0), np.maximum(qv, 0)) + np.minimum(np.maximum(qu, qv), 0) - 0.16
+    return polygon_distance(u, v, CORNERS[shape]) - 0.06
+
+
+def paint(look, u, v, radius):
+    """The body's colour at the points (u, v) -> (64, 64, 3)."""
+    def edge(d):  # 1 where d > 0, with a soft edge one pixel wide
+        return np.clip(d * radius + 0.5, 0, 1)
+
+    if look.pattern == "stripes":
+        second = edge(np.abs((u * 1.6 + 0.25) % 1 - 0.5) - 0.25)
+    elif look.pattern == "dots":
+        second = edge(0.2 - np.hypot((u + 0.27) % 0.54 - 0.27, (v + 0.27) % 0.54 - 0.27))
+    elif look.pattern == "halves":
+        second = edge(v - 0.05)
+    elif look.pattern == "ring":
+        second = edge(0.16 - np.abs(np.hypot(u, v) - 0.38))
+    else:
+        second = np.zeros_like(u)
+    body = np.array(look.colour) + second[..., None] * (np.array(look.second or look.colour) - look.colour)
+    if look.face:
+        for eye in (-0.26, 0.26):
+            body = body + edge(0.17 - np.hypot(u - eye, v + 0.12))[..., None] * (np.array((1.0, 1.0, 1.0)) - body)
+            body = body + edge(0.09 - np.hypot(u - eye, v + 0.10))[..., None] * (np.array((0.05, 0.05, 0.1)) - body)
+        mouth = edge(0.07 - np.abs(np.hypot(u, v - 0.12) - 0.26)) * (v > 0.18)
+        body = body + mouth[..., None] * (np.array((0.05, 0.05, 0.1)) - body)
+    return body
+
+
+def draw_sprite(image, scene, centre):
+    """The sprite over an image (64, 64, 3): a soft shadow, a dark rim, the painted body lit from the upper left."""
+    cx, cy = centre
+    c, s = math.cos(scene.angle), math.sin(scene.angle)
+    u, v = ((X - cx) * c + (Y - cy) * s) / scene.radius, ((Y - cy) * c - (X - cx) * s) / scene.radius
+    distance = shape_distance(scene.shape, u, v)
+    shadow = np.exp(-(((X - cx - 2) / scene.radius) ** 2 + ((Y - cy - 3) / scene.radius) ** 2) * 1.1)
+    image = image * (1 - 0.25 * shadow[..., None])
+    light = 1.02 - 0.22 * np.hypot(X - cx + 0.4 * scene.radius, Y - cy + 0.45 * scene.radius) / scene.radius
+    rim = np.clip((distance + 0.10) * scene.radius + 0.5, 0, 1)
+    body = paint(scene.look, u, v, scene.radius) * (light * (1 - 0.45 * rim))[..., None]
+    cover = np.clip(0.5 - distance * scene.radius, 0, 1)[..., None]
+    return image + cover * (body - image)
+
+
+def draw_clip(scene, frames=8, first=0):
+    """Scene -> (T, 64, 64, 3) uint8, from frame number `first` on. Without a direction the sprite stays where it starts."""
+    ground = draw_ground(scene.ground, scene.texture)
+    step = np.array(DIRECTIONS.get(scene.direction, (0, 0))) * SPEED / scene.fps
+    clip = [draw_sprite(ground, scene, np.array(scene.start) + i * step) for i in range(first, first + frames)]
+    return (np.clip(clip, 0, 1) * 255).round().astype(np.uint8)
+
+
+def random_look(rng):
+    """Any look at all, for the VAE, which like the real one has to code pictures that the UNet never saw."""
+    rgb = lambda: tuple(rng.uniform(0.05, 1, 3))
+    return Look(rgb(), rgb(), str(rng.choice(["plain", "stripes", "dots", "halves", "ring"])), bool(rng.random() < 0.4))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Subjects: sprites of a known shape with a look that the base has never seen. name -> (class word, look)
+
+SUBJECTS = {
+    "ember": ("star", Look((0.98, 0.55, 0.10), (0.62, 0.08, 0.10), "halves", face=True)),
+    "bee": ("circle", Look((0.98, 0.80, 0.10), (0.12, 0.10, 0.10), "stripes", face=False)),
+    "gift": ("square", Look((0.10, 0.62, 0.60), (0.98, 0.55, 0.70), "ring")),
+    "berry": ("heart", Look((0.90, 0.15, 0.30), (1.00, 0.95, 0.85), "dots")),
+    "flag": ("triangle", Look((0.95, 0.95, 0.95), (0.10, 0.25, 0.65), "stripes")),
+}
+
+
+def draw_photos(name, count=5):
+    """A subject's photos, (N, 64, 64, 3) uint8: standing still, on several grounds, in several poses and sizes."""
+    shape, look = SUBJECTS[name]
+    rng = np.random.default_rng([ord(c) for c in name])
+    grounds = rng.permutation(list(GROUNDS))
+    return np.concatenate([draw_clip(Scene(
+        shape, look, str(grounds[i % len(grounds)]), "", start=tuple(rng.uniform(27, 37, 2)), radius=rng.uniform(16, 21),
+        angle=rng.uniform(-0.35, 0.35), texture=int(rng.integers(TEXTURES))), 1) for i in range(count)])
+
+
+if __name__ == "__main__":
+    rng = np.random.default_rng(0)
+    rows = [np.concatenate(draw_clip(random_scene(rng)), axis=1) for _ in range(12)]
+    out = Path("outputs/world.png")
+    out.parent.mkdir(exist_ok=True)
+    Image.fromarray(np.concatenate(rows)).save(out)
+    print(out)
+    for name in SUBJECTS:
+        folder = Path(__file__).parent / "subjects" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, photo in enumerate(draw_photos(name)):
+            Image.fromarray(photo).save(folder / f"{i:02d}.png")
+        print(folder)
