@@ -1,0 +1,146 @@
+"""The converter: strict both ways on the official names, and refusals that say what a file looks like."""
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import convert_ckpt
+from conftest import run
+from convert_ckpt import convert, match_names
+from model import BadInput, BaseConfig, load_base
+from test_model import GOLDEN, SMALL, golden_state
+
+OFFICIAL = {name: tuple(shape) for name, shape in json.loads((GOLDEN / "official_keys.json").read_text()).items()}
+
+
+def test_every_official_name_is_used_and_every_tensor_of_ours_filled():
+    plan = match_names("model.ckpt", OFFICIAL, BaseConfig())
+    assert {part: len(names) for part, names in plan.items()} == {"unet": 1484, "vae": 248, "text_encoder": 280}
+    sources = [source for names in plan.values() for source, _ in names.values()]
+    assert len(set(sources)) == len(sources)
+    left = set(OFFICIAL) - set(sources)
+    # Left are the schedule's buffers, the text tower's last block, and what would follow it.
+    assert len(left) == 13 + 12 + 2
+    assert all("." not in name or "resblocks.23" in name or name.endswith(("text_projection", "logit_scale")) for name in left)
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda s: s.pop("model.diffusion_model.out.2.bias"), "1 missing, first conv_out.bias"),
+    (lambda s: s.update({"model.diffusion_model.extra": (3,)}), "1 unknown names, first model.diffusion_model.extra"),
+    (lambda s: s.update({"model_ema.decay": ()}), "unknown names, first model_ema.decay"),
+    (lambda s: s.update({"model.diffusion_model.out.2.bias": (5,)}), r"\(5,\) where \(4,\) belongs"),
+    (lambda s: s.update({"image_proj_model.latents": (1, 16, 1024)}), "looks like an image-to-video checkpoint"),
+    (lambda s: s.update({"model.diffusion_model.input_blocks.1.2.transformer_blocks.0.attn1.relative_position_k.embeddings_table":
+                         (33, 64)}), "looks like a VideoCrafter1 checkpoint"),
+    (lambda s: [s.pop(n) for n in list(s) if "temopral_conv" in n or "init_attn" in n], "looks like an image model"),
+    (lambda s: (s.clear(), s.update({"unet.a.lora_A.weight": (4, 320)})), "looks like a LoRA"),
+    (lambda s: (s.clear(), s.update({"down_blocks.0.resnets.0.conv1.weight": (320, 320, 3, 3)})), "looks like a diffusers model"),
+])
+def test_other_checkpoints_are_told_apart(change, says):
+    shapes = dict(OFFICIAL)
+    change(shapes)
+    with pytest.raises(BadInput, match=says):
+        match_names("model.ckpt", shapes, BaseConfig())
+
+
+@pytest.mark.parametrize("ending", [".ckpt", ".safetensors"])
+@pytest.mark.parametrize("source", [torch.float16, torch.float32])
+def test_round_trip(tmp_path, ending, source):
+    state = {name: x.to(source) for name, x in golden_state().items()}
+    path = tmp_path / f"model{ending}"
+    if ending == ".ckpt":
+        torch.save({"state_dict": state, "global_step": 1}, path)
+    else:
+        save_file(state, path)
+    convert(path, tmp_path / "base", BaseConfig(**SMALL), torch.bfloat16)
+    unet, vae = (load_file(tmp_path / "base" / f"{part}.safetensors") for part in ("unet", "vae"))
+    assert all(x.dtype == torch.bfloat16 for x in unet.values()) and all(x.dtype == torch.float32 for x in vae.values())
+    assert torch.equal(unet["conv_out.weight"], state["model.diffusion_model.out.2.weight"].bfloat16())
+    assert torch.equal(unet["input_blocks.0.1.proj_in.weight"], state["model.diffusion_model.init_attn.0.proj_in.weight"][..., 0].bfloat16())
+    assert torch.equal(vae["encoder.conv_in.weight"], state["first_stage_model.encoder.conv_in.weight"].float())
+    assert sorted(p.name for p in (tmp_path / "base").iterdir()) == [
+        "config.json", "text_encoder.safetensors", "unet.safetensors", "vae.safetensors"]
+    load_base(tmp_path / "base")
+
+
+def test_fingerprint_is_the_weights_not_their_storage(tmp_path):
+    fingerprints = []
+    for i, (change, dtype) in enumerate([(0, torch.float32), (0, torch.bfloat16), (1, torch.float32)]):
+        state = golden_state()
+        state["model.diffusion_model.out.2.bias"] += change
+        torch.save({"state_dict": state}, tmp_path / "model.ckpt")
+        convert(tmp_path / "model.ckpt", tmp_path / str(i), BaseConfig(**SMALL), dtype)
+        fingerprints.append(load_base(tmp_path / str(i)).config.fingerprint)
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def test_files_that_are_not_checkpoints_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": golden_state()}, "whole.ckpt")
+    save_file(golden_state(), "whole.safetensors")
+    Path("page.ckpt").write_text("<!DOCTYPE html><html>Sign in</html>")
+    Path("pointer.ckpt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0")
+    Path("empty.ckpt").write_bytes(b"")
+    Path("noise.ckpt").write_bytes(bytes(5000))
+    for name in ("whole.ckpt", "whole.safetensors"):
+        Path(name.replace("whole", "cut")).write_bytes(Path(name).read_bytes()[:-2000])
+    torch.save({"state_dict": Bomb()}, "bomb.ckpt")
+    Path("old_bomb.ckpt").write_bytes(pickle.dumps(Bomb(), protocol=2))
+    torch.save([1, 2], "list.ckpt")
+    torch.save({"state_dict": golden_state() | {"model.diffusion_model.out.2.bias": torch.full((4,), float("nan"))}}, "nan.ckpt")
+    torch.save({"state_dict": golden_state() | {"model.diffusion_model.out.2.bias": torch.zeros(4, dtype=torch.int64)}}, "whole_numbers.ckpt")
+    for name, says in {"page.ckpt": "web page", "pointer.ckpt": "git-lfs", "empty.ckpt": "truncated", "noise.ckpt": "truncated",
+                       "cut.ckpt": "truncated", "cut.safetensors": "truncated", "bomb.ckpt": "would run code",
+                       "old_bomb.ckpt": "would run code", "list.ckpt": "state_dict", "nan.ckpt": "not finite",
+                       "whole_numbers.ckpt": "torch.int64", "nowhere.ckpt": "No such file"}.items():
+        with pytest.raises(BadInput, match=says) as caught:
+            convert(Path(name), tmp_path / "base", BaseConfig(**SMALL), torch.float32)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+        assert not Path("exploded").exists() and not Path("base").exists()
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".base")]
+
+
+def test_a_finished_folder_survives_a_failed_conversion(tmp_path, monkeypatch):
+    torch.save({"state_dict": golden_state()}, tmp_path / "model.ckpt")
+    out = tmp_path / "base"
+    convert(tmp_path / "model.ckpt", out, BaseConfig(**SMALL), torch.float32)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    written = []
+
+    def fails_at_the_second_part(*args):
+        written.append(args)
+        if len(written) == 2:
+            raise OSError("No space left on device")
+        return real(*args)
+
+    real = convert_ckpt.write_part
+    monkeypatch.setattr(convert_ckpt, "write_part", fails_at_the_second_part)
+    with pytest.raises(OSError):
+        convert(tmp_path / "model.ckpt", out, BaseConfig(**SMALL), torch.bfloat16)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    monkeypatch.setattr(convert_ckpt, "write_part", real)
+    convert(tmp_path / "model.ckpt", out, BaseConfig(**SMALL), torch.bfloat16)          # and a whole one replaces it
+    assert (out / "unet.safetensors").read_bytes() != before["unet.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "model.ckpt"]
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(BadInput, match="not a base folder"):
+        convert(tmp_path / "model.ckpt", out, BaseConfig(**SMALL), torch.float32)
+    assert (out / "thesis.txt").read_text() == "mine"
+
+
+def test_command_line_refuses_in_one_line(tmp_path):
+    (tmp_path / "model.ckpt").write_text("<html>")
+    done = run("convert_ckpt.py", "model.ckpt", "--out", "base", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "model.ckpt" in done.stderr

@@ -1,0 +1,143 @@
+"""Algorithm 1: DDIM against a closed form, where lambda switches, what equals what."""
+import json
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+from conftest import run
+from lora import MergedLoRA, save_subject
+from model import NoiseSchedule, ScheduleConfig
+from sample import ddim, ddim_steps, two_step_schedule
+from test_lora import random_subject
+
+
+class PointPredictor:
+    """The exact noise predictor of a data set that is one known point: eps = (z_t - signal * point) / noise."""
+
+    def __init__(self, schedule, point):
+        self.schedule, self.point = schedule, point
+
+    def __call__(self, z_t, t, fps, context):
+        a, scale = self.schedule.alpha_bar[t[0]], self.schedule.scale[t[0]]
+        return (z_t - a.sqrt() * scale * self.point) / (1 - a).sqrt()
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("steps", [1, 7, 50])
+def test_ddim_against_the_closed_form_of_a_known_point(eta, steps):
+    """With the exact predictor every step keeps the marginal, z_t = sqrt(a) * scale * point + sqrt(1 - a) * unit noise."""
+    torch.manual_seed(0)
+    schedule = NoiseSchedule(ScheduleConfig())
+    point, eps = torch.randn(2, 1, 4, 8, 16, 16)
+    a, scale = (x[ddim_steps(schedule, steps, eta)[0][0]] for x in (schedule.alpha_bar, schedule.scale))
+    context = torch.zeros(1, 77, 8)
+    z_0 = ddim(PointPredictor(schedule, point), schedule, a.sqrt() * scale * point + (1 - a).sqrt() * eps,
+               lambda: torch.randn_like(point), context, context, torch.tensor([8]), steps, cfg=3.0, eta=eta)
+    a, scale = schedule.alpha_bar[0], schedule.scale[0]
+    rest = (z_0 - a.sqrt() * scale * point) / (1 - a).sqrt()
+    if eta == 0:  # no noise but the first z's own, to the end
+        assert torch.allclose(rest, eps, atol=1e-3)
+    else:
+        assert abs(rest.std() - 1) < 0.03 and abs((rest * eps).mean()) < (1 if steps == 1 else 0.03)
+
+
+def test_fifty_steps_are_upstreams():
+    t, a, scale, a_after, scale_after, sigma = ddim_steps(NoiseSchedule(ScheduleConfig()), 50, 1.0)
+    assert t.tolist() == list(range(981, 0, -20))
+    assert torch.equal(a[1:], a_after[:-1]) and torch.equal(scale[1:], scale_after[:-1])
+    assert (sigma > 0).all() and (ddim_steps(NoiseSchedule(ScheduleConfig()), 50, 0.0)[5] == 0).all()
+
+
+def test_two_step_schedule_switches_at_K():
+    assert two_step_schedule(0.4, 0.8, 5, 50) == [0.4] * 5 + [0.8] * 45
+    assert two_step_schedule(0.4, 0.8, 0, 3) == [0.8] * 3 and two_step_schedule(0.4, 0.8, 3, 3) == [0.4] * 3
+
+
+def sample(base, lambdas=None, subject=None, seed=0, steps=6):
+    generator = torch.Generator().manual_seed(seed)
+    noise = lambda: torch.randn((1, 4, 3, 4, 6), generator=generator)
+    context = torch.randn(1, 77, 32, generator=torch.Generator().manual_seed(5))
+    strength = MergedLoRA(base.unet, subject) if subject else None
+    z_0 = ddim(base.unet, base.schedule, noise(), noise, context, 0 * context, torch.tensor([8]), steps, 3.0, 1.0, strength, lambdas)
+    if strength:
+        strength.set(0)
+    return z_0
+
+
+def test_what_equals_what(base):
+    subject = random_subject(base)
+    plain = sample(base)
+    assert torch.equal(sample(base, [0.0] * 6, subject), plain)                                 # lambda 0: the base, bit for bit
+    constant = sample(base, [0.8] * 6, subject)
+    assert torch.equal(sample(base, two_step_schedule(0.8, 0.8, 2, 6), subject), constant)      # lambda_s = lambda_l: constant
+    assert torch.equal(sample(base, two_step_schedule(0.4, 0.8, 0, 6), subject), constant)      # K = 0: lambda_l throughout
+    low = sample(base, [0.4] * 6, subject)
+    assert torch.equal(sample(base, two_step_schedule(0.4, 0.8, 6, 6), subject), low)           # K = steps: lambda_s throughout
+    mixed = sample(base, two_step_schedule(0.4, 0.8, 2, 6), subject)
+    outcomes = [plain, constant, low, mixed]
+    assert all(not torch.allclose(a, b, atol=1e-3) for i, a in enumerate(outcomes) for b in outcomes[:i])
+    assert torch.equal(sample(base), plain)                                                     # nothing stays behind
+
+
+def test_weights_change_only_at_the_switch(base, monkeypatch):
+    subject, seen, merges = random_subject(base), [], []
+    name = next(iter(subject.lora))
+    W, (A, B) = base.unet.get_submodule(name).weight, subject.lora[name]
+    W_0, forward, real_set = W.clone(), base.unet.forward, MergedLoRA.set
+
+    def watched(*args):
+        seen.append(((W - W_0) / (B @ A)).median().item())
+        return forward(*args)
+
+    def counted(self, lam):
+        merges.append(lam) if lam != self.lam else None
+        real_set(self, lam)
+
+    monkeypatch.setattr(base.unet, "forward", watched)
+    monkeypatch.setattr(MergedLoRA, "set", counted)
+    sample(base, two_step_schedule(0.4, 0.8, 2, 6), subject)
+    assert np.allclose(seen, [0.4, 0.4, 0.8, 0.8, 0.8, 0.8], atol=1e-3)
+    assert merges == [0.4, 0.8, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def test_command_line(base, base_folder, tmp_path):
+    save_subject(tmp_path / "runs" / "dog" / "subject.safetensors", random_subject(base))
+    flags = ["--base", base_folder, "--lambda_s", 0.4, "--lambda_l", 0.8, "--K", 2, "--seed", 3]
+    first = run("sample.py", *flags, "--num", 2, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    lines = first.stdout.splitlines()
+    assert "tiny0" in lines[0] and "runs/dog/subject.safetensors" in lines[0]           # found without being named
+    stem = "a-v-dog-running-on-the-grass"
+    names = [f"{stem}-{seed}.{end}" for seed in (3, 4) for end in ("mp4", "gif", "json")]
+    assert lines[-1] == "wrote " + " ".join(f"outputs/{n}" for n in names)
+    assert sorted(p.name for p in (tmp_path / "outputs").iterdir()) == sorted(names)
+    video, gif = (iio.imread(tmp_path / "outputs" / f"{stem}-3.{end}") for end in ("mp4", "gif"))
+    assert video.shape == gif.shape == (3, 32, 48, 3)
+    facts = json.loads((tmp_path / "outputs" / f"{stem}-3.json").read_text())
+    assert facts["seed"] == 3 and facts["lambda_s"] == 0.4 and facts["K"] == 2 and facts["base_fingerprint"] == base.config.fingerprint
+
+    # The same seed gives the same video, whatever else the command makes; nothing existing is overwritten.
+    second = run("sample.py", "--base", base_folder, "--K", 2, "--seed", 4, cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert np.array_equal(iio.imread(tmp_path / "outputs" / f"{stem}-4.gif"), iio.imread(tmp_path / "outputs" / f"{stem}-4-2.gif"))
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--steps", 0], "--steps 0"), (["--K", 9], "--K 9"), (["--height", 33], "--height 33"), (["--subject", "nowhere"], "nowhere"),
+    (["--base", "nowhere"], "nowhere/config.json"), (["--cfg", -1], "--cfg"), (["--subject", "none", "--prompt", ""], "--prompt")])
+def test_bad_flags_are_one_line_and_exit_code_2(base_folder, tmp_path, flags, says, monkeypatch, capsys):
+    import sample as script
+    from model import run_script
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["sample.py", "--base", str(base_folder), "--subject", "none", *map(str, flags)])
+    with pytest.raises(SystemExit) as caught:
+        run_script(script.main)
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and err.count("\n") == 1 and says in err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,103 @@
+"""Subject learning through the command line: what is written, that it is learned, and that one process equals two."""
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import ROOT, run
+from lora import load_subject
+from model import load_base
+
+
+def flags(base_folder, photos_folder, *more):
+    return ["--base", base_folder, "--images", photos_folder, "--class_word", "dog", *more]
+
+
+def test_train_then_sample(base_folder, photos_folder, tmp_path):
+    done = run("train.py", *flags(base_folder, photos_folder, "--steps", 3, "--batch_size", 2), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    out = f"runs/{photos_folder.name}/subject.safetensors"
+    lines = done.stdout.splitlines()
+    assert "tiny0" in lines[0] and "3 photos of V* dog" in lines[0] and lines[-1] == f"wrote {out}"
+    base = load_base(base_folder)
+    subject = load_subject(tmp_path / out, base)
+    assert subject.steps == 3 and subject.settings["batch_size"] == 2
+    assert all(B.abs().sum() > 0 for _, B in subject.lora.values())
+    assert len(list((tmp_path / "runs" / "prior").glob("*/*.png"))) == 2                # --num_prior of this base
+    done = run("sample.py", "--base", base_folder, cwd=tmp_path)
+    assert done.returncode == 0 and out in done.stdout.splitlines()[0]
+
+
+def test_two_processes_equal_one(base_folder, photos_folder, tmp_path):
+    """The same global batch on 1 and on 2 processes gives the same subject."""
+    common = flags(base_folder, photos_folder, "--steps", 6, "--out")
+    one = run("train.py", *common, "one", "--batch_size", 2, cwd=tmp_path)
+    two = run("train.py", *common, "two", "--batch_size", 1, cwd=tmp_path,
+              launcher=("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"))
+    assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
+    assert two.stdout.count("wrote ") == 1
+    a, b = (load_file(tmp_path / out / "subject.safetensors") for out in ("one", "two"))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.allclose(a[name], b[name], atol=1e-5), name
+
+
+def test_same_seed_same_subject(base_folder, photos_folder, tmp_path):
+    for out, seed in [("a", 0), ("b", 0), ("c", 1)]:
+        done = run("train.py", *flags(base_folder, photos_folder, "--steps", 2, "--alpha", 0, "--seed", seed, "--out", out), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    a, b, c = (load_file(tmp_path / out / "subject.safetensors") for out in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a) and not torch.equal(a["v_star"], c["v_star"])
+    assert not (tmp_path / "runs").exists()                                             # alpha 0 makes no prior
+
+
+def test_a_subject_is_learned(base_folder, photos_folder, tmp_path):
+    """On noise from outside the training run, the loss on the photos falls."""
+    from data import crop, load_photos, noise_sample, still_video
+    from lora import MergedLoRA
+    from model import Tokenizer
+    done = run("train.py", *flags(base_folder, photos_folder, "--steps", 150, "--alpha", 0, "--lr", 1e-2, "--batch_size", 2,
+                                  "--out", "out"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    base = load_base(base_folder)
+    subject = load_subject(tmp_path / "out" / "subject.safetensors", base)
+    strength = MergedLoRA(base.unet, subject)
+
+    @torch.no_grad()
+    def loss():
+        z_0 = torch.cat([still_video(base.vae.encode(crop(p.image, 32, 48)[None]), 3) for p in load_photos(photos_folder, 48)])
+        context = base.text_encoder(Tokenizer(["V*"])(["a V* dog"]), subject.v_star).expand(3, -1, -1)
+        total = 0
+        for i in range(20):
+            t, eps = noise_sample(i, 12345, z_0.shape, 1000)
+            t = torch.full((3,), t)
+            total += (base.unet(base.schedule.add_noise(z_0, t, eps), t, torch.full((3,), 8), context) - eps).pow(2).mean().item()
+        return total / 20
+
+    before = loss()
+    strength.set(1.0)
+    assert loss() < 0.95 * before
+
+
+@pytest.mark.parametrize("more, says", [
+    (["--images", "nowhere", "--class_word", "dog"], "--images nowhere"), (["--images", "x"], "--class_word"),
+    (["--rank", 0], "--rank 0"), (["--steps", 0], "--steps 0"), (["--placeholder", "dog"], "--placeholder"),
+    (["--width", 40], "--width 40"), ([], "--images: is needed")])
+def test_bad_flags_are_one_line_and_exit_code_2(base_folder, tmp_path, more, says, monkeypatch, capsys):
+    import train as script
+    from model import run_script
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py", "--base", str(base_folder), *map(str, more)])
+    with pytest.raises(SystemExit) as caught:
+        run_script(script.main)
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and err.count("\n") == 1 and says in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_names_every_setting(tmp_path):
+    for script, names in {
+            "train.py": "base images class_word placeholder prior num_prior alpha rank lr weight_decay steps batch_size frames height "
+                        "width precision grad_checkpointing seed out save_every",
+            "sample.py": "base subject prompt lambda_s lambda_l K steps cfg eta fps save_fps frames height width seed num precision out"}.items():
+        text = run(script, "--help", cwd=ROOT).stdout
+        assert all(f"--{name} " in text or f"--{name}\n" in text for name in names.split()), script
