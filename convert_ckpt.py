@@ -68,7 +68,7 @@ def main():
     p.add_argument("checkpoint", nargs="?", type=Path, help="local .ckpt or .safetensors file; left out: download it")
     p.add_argument("--out", type=Path, default=ROOT / "checkpoints" / "videocrafter2", help="base folder to write")
     p.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
-                   help="what the UNet and the text encoder are stored in; the VAE is always float32")
+                   help="what the UNet is stored in; text encoder and VAE are float32 (default: %(default)s)")
     args = p.parse_args()
     path = args.checkpoint or download()
     convert(path, args.out, BaseConfig(), getattr(torch, args.dtype))
@@ -85,8 +85,7 @@ def convert(path, out, config, dtype):
     try:
         small = {}
         for part, names in plan.items():
-            part_dtype = torch.float32 if part == "vae" else dtype
-            small[part] = write_part(path, unfinished / f"{part}.safetensors", names, part_dtype)
+            small[part] = write_part(path, unfinished / f"{part}.safetensors", names, dtype if part == "unet" else torch.float32)
         config.fingerprint = fingerprint(small)
         save_config(config, unfinished / "config.json")
         replace_folder(unfinished, out)
@@ -95,7 +94,10 @@ def convert(path, out, config, dtype):
 
 
 def match_names(path, shapes, config):
-    """Official name -> shape becomes, per part, our name -> (official name, our shape). Raises BadInput unless it is a bijection."""
+    """Official name -> shape becomes, per part, our name -> (official name, our shape).
+
+    Raises BadInput unless every name finds its tensor and every tensor its name, with equal shapes.
+    """
     last_block = re.compile(TEXT_END.replace("{last}", str(config.text.layers)))
     plan, unknown = {part: {} for part in PARTS}, []
     for name in shapes:
@@ -171,7 +173,8 @@ def open_checkpoint(path):
         raise BadInput(f"{path}: is a web page, so the download went wrong; download {FILE} from {REPO} again")
     if head.startswith(b"version https://git-lfs"):
         raise BadInput(f"{path}: is a git-lfs pointer, not the file itself; run `git lfs pull`, or download {FILE} again")
-    truncated = BadInput(f"{path}: is empty, truncated or damaged; download it again and compare its size ({os.path.getsize(path):,} bytes)")
+    truncated = BadInput(f"{path}: is empty, truncated or damaged ({os.path.getsize(path):,} bytes); download it again "
+                         f"and compare its size")
     if path.suffix == ".safetensors":
         try:
             f = safe_open(path, framework="pt")
@@ -199,7 +202,6 @@ def read_shapes(path):
 
 def write_part(path, out, names, dtype):
     """Our name -> (official name, shape) becomes one safetensors file. Returns the tensors, only the small ones with values."""
-    get = open_checkpoint(path)[1]  # opened anew for each part, so that the last part's mapped pages are let go
     size = torch.empty(0, dtype=dtype).element_size()
     header, offset = {}, 0
     for ours, (_, shape) in names.items():
@@ -212,7 +214,10 @@ def write_part(path, out, names, dtype):
     small = {}
     with open(out, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        for ours, (name, shape) in tqdm(names.items(), desc=out.name, unit="tensor"):
+        for i, (ours, (name, shape)) in enumerate(tqdm(names.items(), desc=out.name, unit="tensor")):
+            if i % 100 == 0:  # opened anew now and then, so that mapped pages already read are let go
+                source = get = None
+                get = open_checkpoint(path)[1]
             source = get(name)
             if source.dtype not in (torch.float16, torch.bfloat16, torch.float32):
                 raise BadInput(f"{path}: {name} is {source.dtype}; float16, bfloat16 or float32 is expected")

@@ -72,7 +72,8 @@ def read_caption(path):
     except FileNotFoundError:
         return ""
     except (UnicodeDecodeError, OSError) as error:
-        raise BadInput(f"{path}: not a readable UTF-8 text file ({error}); write the picture's caption there or delete it") from None
+        raise BadInput(f"{path}: not a readable UTF-8 text file ({error}); "
+                       f"write the picture's caption there or delete it") from None
 
 
 def crop(image, height, width, rng=None):

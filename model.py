@@ -13,6 +13,7 @@ Upstream means the public VideoCrafter2 code (AILab-CVC/VideoCrafter); every mod
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 from dataclasses import asdict, dataclass, field, fields
@@ -109,8 +110,8 @@ class Defaults:
     batch_size: int = 1      # ours: subject clips per process, each with one prior clip
     alpha: float = 1.0
     num_prior: int = 200
-    photos: str = ""         # the folder of photos and the class word of train.py's default subject,
-    class_word: str = ""     # relative to the repository; VideoCrafter2 has none: the user brings the photos
+    photos: str = "toy/subjects/ember"  # train.py's subject where --images is left out, relative to the repository
+    class_word: str = "star"
 
 
 @dataclass
@@ -638,7 +639,7 @@ class Base:
 def default_base():
     """The folder used where --base is left out."""
     converted = ROOT / "checkpoints" / "videocrafter2"
-    return converted if (converted / "config.json").exists() else ROOT / "toy" / "base"
+    return Path(os.path.relpath(converted if (converted / "config.json").exists() else ROOT / "toy" / "base"))
 
 
 def build_part(part, config: BaseConfig):

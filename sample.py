@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3 as iio
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
@@ -123,7 +122,8 @@ def parse_args():
     p = argparse.ArgumentParser(description="Sample videos of a learned subject (CustomCrafter, Algorithm 1).",
                                 epilog="Flags left out take the base's own defaults, from its config.json.")
     p.add_argument("--base", type=Path, default=default_base(), help="base folder (default: %(default)s)")
-    p.add_argument("--subject", default="", help="subject.safetensors, or none; left out: the newest under runs/, else toy/subject.safetensors")
+    p.add_argument("--subject", default="",
+                   help="subject.safetensors, or none; left out: the newest under runs/, else the committed one")
     p.add_argument("--prompt", default="", help="what to show; the subject's placeholder (V*) stands for the subject")
     p.add_argument("--lambda_s", type=float, help="LoRA strength in the first K steps, where motion forms (paper: 0.4)")
     p.add_argument("--lambda_l", type=float, help="LoRA strength in the steps after, where detail forms (paper: 0.8)")
@@ -139,21 +139,26 @@ def parse_args():
     p.add_argument("--seed", type=int, default=0, help="seed of the first video; the k-th has seed + k (default: %(default)s)")
     p.add_argument("--num", type=int, default=1, help="number of videos (default: %(default)s)")
     p.add_argument("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-                   help="of the UNet; auto: bfloat16 on a GPU that has it, float32 on a CPU, where bfloat16 can be 100 times slower")
+                   help="of the UNet; auto: bfloat16 on a GPU that has it, else float32 (bfloat16 is very slow on CPUs)")
     p.add_argument("--out", type=Path, default=Path("outputs"), help="folder for the videos (default: %(default)s)")
     args = p.parse_args()
-    for flag, low, high in [("lambda_s", -10, 10), ("lambda_l", -10, 10), ("K", 0, TRAIN_STEPS - 1), ("steps", 1, TRAIN_STEPS - 1), ("cfg", 0, 100),
-                            ("eta", 0, 1), ("fps", 1, 1000), ("save_fps", 1, 240), ("frames", 1, 1024), ("height", 8, 8192),
-                            ("width", 8, 8192), ("seed", 0, 2**62), ("num", 1, 100_000)]:
-        value = getattr(args, flag)
-        if value is not None and not low <= value <= high:
-            raise BadInput(f"--{flag} {value}: should be from {low} to {high}")
-    if args.out.exists() and not args.out.is_dir():
-        raise BadInput(f"--out {args.out}: is a file; name a folder")
+    check_flags(args, lambda_s=(-10, 10), lambda_l=(-10, 10), K=(0, TRAIN_STEPS - 1), steps=(1, TRAIN_STEPS - 1),
+                cfg=(0, 100), eta=(0, 1), fps=(1, 1000), save_fps=(1, 240), frames=(1, 1024), height=(8, 8192),
+                width=(8, 8192), seed=(0, 2**62), num=(1, 100_000))
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.precision = pick_precision(args.precision, args.device)
     args.dtype = getattr(torch, args.precision)
     return args
+
+
+def check_flags(args, **ranges):
+    """Every number given lies in its range, and --out can be a folder. Raises BadInput."""
+    for flag, (low, high) in ranges.items():
+        value = getattr(args, flag)
+        if value is not None and not low <= value <= high:
+            raise BadInput(f"--{flag.removeprefix('train_')} {value}: should be from {low} to {high}")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise BadInput(f"--out {args.out}: is a file; name a folder")
 
 
 def pick_precision(precision, device):
@@ -186,7 +191,7 @@ def find_subject(given, fingerprint):
     if given:
         return Path(given)
     trained = sorted(Path("runs").glob("*/subject.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True)
-    for path in [*trained, ROOT / "toy" / "subject.safetensors"]:
+    for path in [*trained, Path(os.path.relpath(ROOT / "toy" / "subject.safetensors"))]:
         try:
             with safe_open(path, framework="pt") as f:
                 if (f.metadata() or {}).get("base_fingerprint") == fingerprint:
@@ -212,9 +217,14 @@ def check_prompt(tokenizer, prompt, subject):
 # Files
 
 
+def slug(text):
+    """Any text -> a short file name of letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "x"
+
+
 def free_name(folder, prompt, seed):
     """A path without suffix that no file has yet: the prompt's letters and digits, then the seed."""
-    stem = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "video"
+    stem = slug(prompt)
     names = [f"{stem}-{seed}"] + [f"{stem}-{seed}-{n}" for n in range(2, 10_000)]
     return next(folder / name for name in names if not (folder / f"{name}.json").exists())
 
@@ -227,9 +237,9 @@ def save_video(path, video, fps, facts):
         temporary = file.with_name(f".{os.getpid()}-{file.name}")
         try:
             if end == "mp4":  # macro_block_size 1: the size stays as it is, instead of being rounded up to 16 in silence
-                iio.imwrite(temporary, video, fps=fps, codec="libx264", quality=8, macro_block_size=1)
+                iio.imwrite(temporary, video, plugin="FFMPEG", fps=fps, codec="libx264", quality=8, macro_block_size=1)
             elif end == "gif":
-                iio.imwrite(temporary, video, duration=1000 / fps, loop=0)
+                iio.imwrite(temporary, video, plugin="pillow", duration=1000 / fps, loop=0)
             else:
                 temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
             os.replace(temporary, file)

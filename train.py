@@ -1,4 +1,4 @@
-"""Subject learning, Eq. 1-4 of CustomCrafter: photos become still videos, and V* with a LoRA on the spatial attention learns them.
+"""Subject learning, Eq. 1-4 of CustomCrafter: photos become still videos; V* and a LoRA on the spatial attention learn them.
 
     python train.py                                               # the embedded subject, one process, CPU or GPU
     torchrun --nproc_per_node 4 train.py                          # the same on 4 processes (nccl on GPUs, gloo on CPUs)
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from data import check_placeholder, crop, load_photos, noise_sample, prior_sample, still_video, subject_sample
 from lora import Subject, add_lora, class_embedding, save_subject
 from model import ROOT, TRAIN_STEPS, Z_CHANNELS, BadInput, Tokenizer, default_base, load_base, run_script
-from sample import ddim, fill_defaults, pick_precision
+from sample import check_flags, ddim, fill_defaults, pick_precision, slug
 
 
 def main():
@@ -30,6 +30,8 @@ def main():
                                for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     cuda = torch.cuda.is_available()
     device = f"cuda:{local_rank}" if cuda else "cpu"
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise BadInput(f"--nproc_per_node: is more than the {torch.cuda.device_count()} GPUs here; one process needs one GPU")
     if cuda:
         torch.cuda.set_device(local_rank)
     if world > 1:
@@ -58,8 +60,9 @@ def main():
     base.unet.grad_checkpointing = args.grad_checkpointing
 
     def save(steps):
-        settings = {key: getattr(d, key) for key in ("lr", "weight_decay", "batch_size", "alpha", "frames", "height", "width", "fps")}
-        settings |= {"processes": world, "seed": args.seed, "precision": precision, "images": str(folder), "photos": len(photos)}
+        names = ("lr", "weight_decay", "batch_size", "alpha", "frames", "height", "width", "fps")
+        settings = {name: getattr(d, name) for name in names} | {
+            "processes": world, "seed": args.seed, "precision": precision, "images": str(folder), "photos": len(photos)}
         save_subject(out / "subject.safetensors", Subject(
             args.placeholder, d.class_word, d.rank, base.config.name, base.config.fingerprint, steps, settings=settings,
             lora={name: (layer.lora_A, layer.lora_B) for name, layer in lora.items()}, v_star=v_star))
@@ -101,7 +104,7 @@ def main():
         if step % 10 == 0 or step + 1 == d.train_steps:
             mean_loss = loss.item() if step == 0 else 0.8 * mean_loss + 0.2 * loss.item()
             if not loss.isfinite():
-                raise BadInput(f"--lr {d.lr}: the loss is not finite at step {step}; the last save in {out} stays. Try a lower one")
+                raise BadInput(f"--lr {d.lr}: the loss is not finite at step {step}; try a lower one (the last save stays in {out})")
             bar.set_postfix(loss=f"{mean_loss:.4f}")
         if rank == 0 and ((step + 1) % args.save_every == 0 or step + 1 == d.train_steps):
             save(step + 1)
@@ -137,7 +140,8 @@ def encode_prior(args, d, base, rank, world):
     caption = f"a {d.class_word}"
     folder = args.prior
     if folder is None:
-        folder = Path("runs") / "prior" / f"{base.config.name}-{base.config.fingerprint[:6]}-{d.height}x{d.width}-{d.class_word}"
+        origin = f"{base.config.name}-{base.config.fingerprint[:6]}-{d.height}x{d.width}"
+        folder = Path("runs") / "prior" / f"{origin}-{slug(d.class_word)}"
         generate_prior(folder, caption, d, base, rank, world)
     pictures = load_photos(folder, max(d.height, d.width), flag="--prior")[:d.num_prior]
     with torch.no_grad():
@@ -163,7 +167,8 @@ def generate_prior(folder, caption, d, base, rank, world, batch=8):
         shape = (Z_CHANNELS, 1, d.height // 8, d.width // 8)
         noise = lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(base.device)
         fps = torch.full((len(numbers),), d.fps, device=base.device)
-        z_0 = ddim(base.unet, base.schedule, noise(), noise, context.expand(len(numbers), -1, -1), uncond, fps, d.steps, d.cfg, d.eta)
+        z_0 = ddim(base.unet, base.schedule, noise(), noise, context.expand(len(numbers), -1, -1), uncond, fps,
+                   d.steps, d.cfg, d.eta)
         for k, picture in zip(numbers, base.decode(z_0)):
             temporary = folder / f".{k:04d}.{os.getpid()}.tmp"
             Image.fromarray(picture[0].numpy()).save(temporary, format="png")
@@ -178,16 +183,15 @@ def pick_photos(args, base):
         if not args.class_word:
             raise BadInput("--class_word: is needed with --images; name what the photos show, such as dog")
         return Path(args.photos)
-    if not base.config.defaults.photos:
-        raise BadInput("--images: is needed on this base; name a folder with 4 to 6 photos, and --class_word")
-    return ROOT / base.config.defaults.photos
+    return Path(os.path.relpath(ROOT / base.config.defaults.photos))
 
 
 def parse_args():
     p = argparse.ArgumentParser(description="Learn a subject from photos (CustomCrafter, Eq. 1-4).",
                                 epilog="Flags left out take the base's own defaults, from its config.json.")
     p.add_argument("--base", type=Path, default=default_base(), help="base folder (default: %(default)s)")
-    p.add_argument("--images", dest="photos", default="", help="folder with 4 to 6 photos; NAME.txt beside NAME.jpg is its caption")
+    p.add_argument("--images", dest="photos", default="",
+                   help="folder with 4 to 6 photos; NAME.txt beside NAME.jpg is its caption")
     p.add_argument("--class_word", default="", help="what the subject is, such as dog; V* starts from its embedding")
     p.add_argument("--placeholder", default="V*", help="how prompts name the subject (default: %(default)s)")
     p.add_argument("--prior", type=Path, help="folder with pictures of the class; left out: the base makes them, once")
@@ -209,14 +213,9 @@ def parse_args():
     p.add_argument("--save_every", type=int, default=500, help="steps between saves (default: %(default)s)")
     args = p.parse_args()
     check_placeholder(args.placeholder)
-    for flag, low, high in [("num_prior", 1, 100_000), ("alpha", 0, 1000), ("rank", 1, 1024), ("lr", 0, 1), ("weight_decay", 0, 1),
-                            ("train_steps", 1, 10**7), ("batch_size", 1, 1024), ("frames", 1, 1024), ("height", 8, 8192),
-                            ("width", 8, 8192), ("seed", 0, 2**31), ("save_every", 1, 10**7)]:
-        value = getattr(args, flag)
-        if value is not None and not low <= value <= high:
-            raise BadInput(f"--{flag.removeprefix('train_')} {value}: should be from {low} to {high}")
-    if args.out and args.out.exists() and not args.out.is_dir():
-        raise BadInput(f"--out {args.out}: is a file; name a folder")
+    check_flags(args, num_prior=(1, 100_000), alpha=(0, 1000), rank=(1, 1024), lr=(0, 1), weight_decay=(0, 1),
+                train_steps=(1, 10**7), batch_size=(1, 1024), frames=(1, 1024), height=(8, 8192), width=(8, 8192),
+                seed=(0, 2**31), save_every=(1, 10**7))
     return args
 
 

@@ -81,7 +81,7 @@ def test_a_subject_is_learned(base_folder, photos_folder, tmp_path):
 @pytest.mark.parametrize("more, says", [
     (["--images", "nowhere", "--class_word", "dog"], "--images nowhere"), (["--images", "x"], "--class_word"),
     (["--rank", 0], "--rank 0"), (["--steps", 0], "--steps 0"), (["--placeholder", "dog"], "--placeholder"),
-    (["--width", 40], "--width 40"), ([], "--images: is needed")])
+    (["--width", 40], "--width 40"), (["--alpha", -1], "--alpha -1")])
 def test_bad_flags_are_one_line_and_exit_code_2(base_folder, tmp_path, more, says, monkeypatch, capsys):
     import train as script
     from model import run_script

@@ -35,8 +35,8 @@ CONFIG = BaseConfig(
     vae=VAEConfig(channels=16, channel_mult=(1, 2, 4, 4), num_res_blocks=1, norm_groups=4),
     unet=UNetConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2), head_channels=16,
                     context_dim=64, norm_groups=8),
-    defaults=Defaults(frames=FRAMES, height=SIZE, width=SIZE, fps=8, save_fps=8, prompt="a V* {class word} moving left on the sea",
-                      rank=8, lr=2e-3, train_steps=300, batch_size=2, num_prior=16, photos="toy/subjects/ember", class_word="star"))
+    defaults=Defaults(frames=FRAMES, height=SIZE, width=SIZE, fps=8, save_fps=8,
+                      prompt="a V* {class word} moving left on the sea", rank=8, lr=2e-3, train_steps=300, batch_size=2, num_prior=16))
 
 
 def main():
@@ -45,8 +45,8 @@ def main():
     p.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="folder for the state of unfinished stages")
     p.add_argument("--base", type=Path, default=Path("toy/base"), help="folder that the base is written to")
     p.add_argument("--vae_steps", type=int, default=2200, help="steps of 16 pictures")
-    p.add_argument("--image_steps", type=int, default=1500, help="first steps of the UNet, on 96 single frames each")
-    p.add_argument("--clip_steps", type=int, default=4000, help="further steps of the UNet, on 16 clips each")
+    p.add_argument("--image_steps", type=int, default=2000, help="first steps of the UNet, on 96 single frames each")
+    p.add_argument("--clip_steps", type=int, default=8000, help="further steps of the UNet, on 16 clips each")
     p.add_argument("--clips", type=int, default=8000, help="clips that are drawn and encoded once")
     args = p.parse_args()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -113,7 +113,7 @@ def encode_clips(args, batch=32):
     save_file({"latents": latents, "factor": LATENT_STD / latents.float().std()}, path)
 
 
-def train_unet(args, images=96, clips=16, lr=1e-3):
+def train_unet(args, images=96, clips=16, lr=1.5e-3):
     """Eq. 1 on single frames first, 8 times cheaper, then on clips with a share of single frames; captions drop words."""
     torch.manual_seed(0)
     data = load_file(args.out / "latents.safetensors")
@@ -154,7 +154,8 @@ def export(args):
     keep[words] = 1
     table.mul_(keep)
     config = replace(CONFIG, vae=replace(CONFIG.vae, latent_factor=float(load_file(args.out / "latents.safetensors")["factor"])))
-    states = {part: {name: x.bfloat16().contiguous() for name, x in network.state_dict().items()} for part, network in networks.items()}
+    states = {part: {name: x.bfloat16().contiguous() for name, x in network.state_dict().items()}
+              for part, network in networks.items()}
     config.fingerprint = fingerprint(states)
     args.base.mkdir(parents=True, exist_ok=True)
     for part, state in states.items():
@@ -203,7 +204,8 @@ class Run:
             self.log.setdefault(key, []).append(float(value.detach()))
         if self.step % 50 == 0 or self.step == self.steps:
             line = "  ".join(f"{key} {np.mean(values):.4f}" for key, values in self.log.items())
-            print(f"{self.path.stem} step {self.step}/{self.steps}  {line}  lr {lr:.1e}  {time.time() - self.start:.0f} s", flush=True)
+            print(f"{self.path.stem} step {self.step}/{self.steps}  {line}  lr {lr:.1e}  {time.time() - self.start:.0f} s",
+                  flush=True)
             self.log = {}
         if self.step % self.save_every == 0 or self.step == self.steps:
             temporary = self.path.with_suffix(".tmp")

@@ -1,0 +1,105 @@
+"""The embedded base: its world is as described, its weights are trained, and the first command of the README works on it."""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import ROOT, run
+from lora import load_subject
+from model import Tokenizer, load_base
+from toy.world import (COLOURS, DIRECTIONS, GROUNDS, SHAPES, SUBJECTS, caption, draw_clip, draw_photos, held_out, random_scene)
+
+
+def test_every_clip_moves_as_its_caption_says():
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        scene = random_scene(rng)
+        clip = draw_clip(scene).astype(float)
+        assert clip.shape == (8, 64, 64, 3) and all(np.abs(a - b).mean() > 0.5 for a, b in zip(clip, clip[1:]))
+        assert caption(scene) == f"a {scene.colour} {scene.shape} moving {scene.direction} on the {scene.ground}"
+        # Moving the first frame by the whole way, in the direction asked, gives about the last one where the sprite is.
+        way = np.array(DIRECTIONS[scene.direction]) * round(26 / scene.fps * 7)
+        differs = lambda dx, dy: np.abs(np.roll(clip[0], (dy, dx), (0, 1)) - clip[-1])[8:-8, 8:-8].mean()
+        assert differs(*way) < min(differs(*-way), differs(0, 0))
+
+
+def test_held_out_combinations_are_a_tenth_and_never_drawn():
+    combinations = [(s, c, g, d) for s in SHAPES for c in COLOURS for g in GROUNDS for d in DIRECTIONS]
+    share = np.mean([held_out(*x) for x in combinations])
+    assert 0.08 < share < 0.12
+    rng = np.random.default_rng(1)
+    scenes = [random_scene(rng) for _ in range(300)]
+    assert not any(held_out(s.shape, s.colour, s.ground, s.direction) for s in scenes)
+    scenes = [random_scene(rng, unseen=True) for _ in range(30)]
+    assert all(held_out(s.shape, s.colour, s.ground, s.direction) for s in scenes)
+
+
+def test_captions_drop_words():
+    rng = np.random.default_rng(2)
+    scene = random_scene(rng)
+    captions = {caption(scene, rng) for _ in range(200)}
+    assert "" in captions and f"a {scene.shape}" in captions and caption(scene) in captions and len(captions) == 9
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_committed_photos_are_what_the_script_draws(name):
+    files = sorted((ROOT / "toy" / "subjects" / name).glob("*.png"))
+    assert len(files) == 5
+    for file, photo in zip(files, draw_photos(name)):
+        assert np.abs(np.asarray(Image.open(file)).astype(int) - photo).max() <= 1
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return load_base(ROOT / "toy" / "base")
+
+
+def test_base_is_small_and_has_its_subject(toy):
+    assert sum(p.stat().st_size for p in (ROOT / "toy" / "base").iterdir()) <= 20e6
+    subject = load_subject(ROOT / "toy" / "subject.safetensors", toy)
+    assert (subject.placeholder, subject.class_word) == ("V*", "star")
+
+
+@torch.no_grad()
+def test_vae_codes_the_world_and_the_subjects(toy):
+    rng = np.random.default_rng(3)
+    world = np.concatenate([draw_clip(random_scene(rng), 1) for _ in range(32)])
+    for pictures, decibels in [(world, 24), (np.concatenate([draw_photos(n) for n in SUBJECTS]), 22)]:
+        x = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
+        mse = (toy.vae.decode(toy.vae.encode(x)).clamp(-1, 1) - x).pow(2).mean()
+        assert 10 * torch.log10(4 / mse) > decibels
+
+
+@torch.no_grad()
+def test_unet_has_learned_what_captions_say(toy):
+    """Noise is predicted better with a clip's own caption than with one that differs in a single word, for each kind of word."""
+    rng = np.random.default_rng(4)
+    scenes = [random_scene(rng, unseen=i % 2 == 0) for i in range(24)]
+    x = torch.from_numpy(np.concatenate([draw_clip(s) for s in scenes])).permute(0, 3, 1, 2) / 127.5 - 1
+    z_0 = toy.vae.encode(x).unflatten(0, (-1, 8)).transpose(1, 2)
+    t = torch.full((len(scenes),), 850)
+    eps = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(0))
+    z_t, fps = toy.schedule.add_noise(z_0, t, eps), torch.tensor([s.fps for s in scenes])
+
+    def loss(scenes):
+        context = toy.text_encoder(Tokenizer()([caption(s) for s in scenes]))
+        return (toy.unet(z_t, t, fps, context) - eps).pow(2).mean().item()
+
+    right = loss(scenes)
+    other = lambda words, word: words[(words.index(word) + 1) % len(words)]
+    opposite = {"left": "right", "right": "left", "up": "down", "down": "up"}
+    assert loss([replace(s, ground=other(list(GROUNDS), s.ground)) for s in scenes]) > right
+    assert loss([replace(s, colour=other(list(COLOURS), s.colour)) for s in scenes]) > right
+    assert loss([replace(s, shape=other(SHAPES, s.shape)) for s in scenes]) > right
+    assert loss([replace(s, direction=opposite[s.direction]) for s in scenes]) > right
+
+
+def test_first_command_of_the_readme(tmp_path):
+    done = run("sample.py", "--lambda_s", 0.4, "--lambda_l", 0.8, "--K", 5, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "toy/base (toy)" in lines[0] and "toy/subject.safetensors (V* star" in lines[0]
+    files = lines[-1].removeprefix("wrote ").split()
+    assert len(files) == 3 and all((tmp_path / f).stat().st_size > 0 for f in files)
