@@ -9,6 +9,7 @@ shapes are equal. The source stays memory-mapped and the output is written tenso
 """
 import argparse
 import json
+import math
 import os
 import pickle
 import re
@@ -211,22 +212,24 @@ def write_part(path, out, names, dtype):
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    small = {}
+    small, read = {}, math.inf
     with open(out, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        for i, (ours, (name, shape)) in enumerate(tqdm(names.items(), desc=out.name, unit="tensor")):
-            if i % 100 == 0:  # opened anew now and then, so that mapped pages already read are let go
+        for ours, (name, shape) in tqdm(names.items(), desc=out.name, unit="tensor"):
+            if read > 2**28:  # opened anew now and then, so that the mapped pages already read are let go
                 source = get = None
-                get = open_checkpoint(path)[1]
+                get, read = open_checkpoint(path)[1], 0
             source = get(name)
+            read += source.nbytes
             if source.dtype not in (torch.float16, torch.bfloat16, torch.float32):
                 raise BadInput(f"{path}: {name} is {source.dtype}; float16, bfloat16 or float32 is expected")
-            tensor = source.reshape(shape).to(dtype)
-            if not tensor.isfinite().all():
-                raise BadInput(f"{path}: {name} has values that are not finite in {dtype}; try --dtype float32, "
-                               f"or download the file again")
-            f.write(tensor.contiguous().view(torch.uint8 if tensor.dim() else dtype).numpy().tobytes())
-            small[ours] = tensor.clone() if tensor.dim() <= 1 else torch.empty(shape, device="meta")
+            for piece in source.reshape(-1).split(2**20):
+                piece = piece.to(dtype)
+                if not piece.isfinite().all():
+                    raise BadInput(f"{path}: {name} has values that are not finite in {dtype}; try --dtype float32, "
+                                   f"or download the file again")
+                f.write(piece.view(torch.uint8).numpy())
+            small[ours] = source.to(dtype).clone() if len(shape) <= 1 else torch.empty(shape, device="meta")
     return small
 
 

@@ -113,7 +113,7 @@ def encode_clips(args, batch=32):
     save_file({"latents": latents, "factor": LATENT_STD / latents.float().std()}, path)
 
 
-def train_unet(args, images=96, clips=16, lr=1.5e-3):
+def train_unet(args, images=64, clips=10, lr=1.5e-3):
     """Eq. 1 on single frames first, 8 times cheaper, then on clips with a share of single frames; captions drop words."""
     torch.manual_seed(0)
     data = load_file(args.out / "latents.safetensors")
