@@ -7,7 +7,6 @@ Shapes: A (r, C_in), B (C_out, r), where r is the rank; V* (n, D), one row per l
 """
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from model import BadInput, Base, SpatialTransformer, Tokenizer, UNet, check_tensors
+from model import BadInput, Base, SpatialTransformer, Tokenizer, UNet, check_tensors, complete_or_absent
 
 
 def target_names(unet: UNet):
@@ -127,8 +126,6 @@ def class_ids(class_word):
 
 def save_subject(path, subject: Subject):
     """Subject -> safetensors file under PEFT's names. The file is complete or absent, even if the process is killed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"v_star": subject.v_star.detach().float().cpu().contiguous()}
     for name, (A, B) in subject.lora.items():
         tensors[f"unet.{name}.lora_A.weight"] = A.detach().float().cpu().contiguous()
@@ -136,12 +133,8 @@ def save_subject(path, subject: Subject):
     # lora_alpha = rank tells readers of PEFT files that lambda is the only scale.
     facts = {key: value for key, value in vars(subject).items() if key not in ("lora", "v_star")}
     facts |= {"lora_alpha": subject.rank, "settings": json.dumps(subject.settings)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with complete_or_absent(Path(path)) as temporary:
         save_file(tensors, temporary, {key: str(value) for key, value in facts.items()})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_subject(path, base: Base):

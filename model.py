@@ -16,6 +16,7 @@ import math
 import os
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -45,6 +46,21 @@ def run_script(main):
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def complete_or_absent(path):
+    """Gives a temporary path in the same folder, which takes the place of `path` when the block ends without an error.
+
+    So a reader finds the old file or the new one, never half of one, even if the process is killed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,12 +159,9 @@ class NoiseSchedule:
         self.scale[:cfg.scale_steps] = torch.linspace(1, cfg.scale_end, cfg.scale_steps)
 
     def add_noise(self, z_0, t, eps):
-        """z_0, eps (B, C, T, H, W), t (B,) on any device -> z_t (B, C, T, H, W). The forward process in Eq. 1."""
-        t = t.cpu()
-        shape = (-1, 1, 1, 1, 1)
-        signal = (self.alpha_bar[t].sqrt() * self.scale[t]).to(z_0.device).view(shape)
-        noise = (1 - self.alpha_bar[t]).sqrt().to(z_0.device).view(shape)
-        return signal * z_0 + noise * eps
+        """z_0, eps (B, C, T, H, W), t (B,) -> z_t (B, C, T, H, W). The forward process in Eq. 1."""
+        alpha_bar, scale = (table.to(t.device)[t].view(-1, 1, 1, 1, 1) for table in (self.alpha_bar, self.scale))
+        return alpha_bar.sqrt() * scale * z_0 + (1 - alpha_bar).sqrt() * eps
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from lora import MergedLoRA, load_subject
-from model import ROOT, TEXT_LENGTH, TRAIN_STEPS, Z_CHANNELS, BadInput, Tokenizer, default_base, load_base, run_script
+from model import ROOT, TEXT_LENGTH, TRAIN_STEPS, Z_CHANNELS, BadInput, Tokenizer, complete_or_absent, default_base, load_base, run_script
 
 
 def ddim_steps(schedule, steps, eta):
@@ -231,20 +231,15 @@ def free_name(folder, prompt, seed):
 
 def save_video(path, video, fps, facts):
     """Video (T, H, W, 3) uint8 -> path.mp4 (H.264) and path.gif, then path.json with `facts`. Returns the three paths."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     files = {path.with_name(f"{path.name}.{end}"): end for end in ("mp4", "gif", "json")}
     for file, end in files.items():
-        temporary = file.with_name(f".{os.getpid()}-{file.name}")
-        try:
+        with complete_or_absent(file) as temporary:
             if end == "mp4":  # macro_block_size 1: the size stays as it is, instead of being rounded up to 16 in silence
                 iio.imwrite(temporary, video, plugin="FFMPEG", fps=fps, codec="libx264", quality=8, macro_block_size=1)
             elif end == "gif":
                 iio.imwrite(temporary, video, plugin="pillow", duration=1000 / fps, loop=0)
             else:
                 temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
     return list(files)
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data import check_placeholder, crop, load_photos, noise_sample, prior_sample, still_video, subject_sample
 from lora import Subject, add_lora, class_embedding, save_subject
-from model import ROOT, TRAIN_STEPS, Z_CHANNELS, BadInput, Tokenizer, default_base, load_base, run_script
+from model import ROOT, TRAIN_STEPS, Z_CHANNELS, BadInput, Tokenizer, complete_or_absent, default_base, load_base, run_script
 from sample import check_flags, ddim, fill_defaults, pick_precision, slug
 
 
@@ -146,8 +146,8 @@ def encode_prior(args, d, base, rank, world):
     pictures = load_photos(folder, max(d.height, d.width), flag="--prior")[:d.num_prior]
     with torch.no_grad():
         z = torch.cat([base.vae.encode(crop(p.image, d.height, d.width)[None].to(base.device)) for p in pictures])
-        captions = [p.caption or caption for p in pictures]
-        rows = {c: base.text_encoder(Tokenizer()([c]).to(base.device))[0] for c in dict.fromkeys(captions)}
+        captions, tokenizer = [p.caption or caption for p in pictures], Tokenizer()
+        rows = {c: base.text_encoder(tokenizer([c]).to(base.device))[0] for c in dict.fromkeys(captions)}
     return z, torch.stack([rows[c] for c in captions])
 
 
@@ -170,9 +170,8 @@ def generate_prior(folder, caption, d, base, rank, world, batch=8):
         z_0 = ddim(base.unet, base.schedule, noise(), noise, context.expand(len(numbers), -1, -1), uncond, fps,
                    d.steps, d.cfg, d.eta)
         for k, picture in zip(numbers, base.decode(z_0)):
-            temporary = folder / f".{k:04d}.{os.getpid()}.tmp"
-            Image.fromarray(picture[0].numpy()).save(temporary, format="png")
-            os.replace(temporary, folder / f"{k:04d}.png")
+            with complete_or_absent(folder / f"{k:04d}.png") as temporary:
+                Image.fromarray(picture[0].numpy()).save(temporary, format="png")
     if world > 1:
         dist.barrier()
 

@@ -7,6 +7,7 @@ sample.py as a person would, and prints the time and the peak memory of each. Th
 """
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -50,7 +51,13 @@ if __name__ == "__main__":
     args = p.parse_args()
     with tempfile.TemporaryDirectory(dir=args.dir) as temporary:
         folder = Path(temporary)
-        write_checkpoint(folder / "model.ckpt", getattr(torch, args.source))
+        # In a process of its own: a child's peak, as the system counts it, includes its parent's at the time of the fork.
+        writer = multiprocessing.get_context("spawn").Process(target=write_checkpoint,
+                                                              args=(folder / "model.ckpt", getattr(torch, args.source)))
+        writer.start()
+        writer.join()
+        if writer.exitcode:
+            sys.exit("could not write the checkpoint")
         base = folder / "base"
         timed(f"convert {args.source} to bfloat16", ROOT / "convert_ckpt.py", folder / "model.ckpt", "--out", base)
         for part in sorted(base.glob("*.safetensors")):

@@ -9,7 +9,8 @@ from PIL import Image
 from conftest import ROOT, run
 from lora import load_subject
 from model import Tokenizer, load_base
-from toy.world import (COLOURS, DIRECTIONS, GROUNDS, SHAPES, SUBJECTS, caption, draw_clip, draw_photos, held_out, random_scene)
+from toy.world import (COLOURS, DIRECTIONS, GROUNDS, SHAPES, SPEED, SUBJECTS, caption, draw_clip, draw_photos, held_out, measure,
+                       random_scene)
 
 
 def test_every_clip_moves_as_its_caption_says():
@@ -20,7 +21,7 @@ def test_every_clip_moves_as_its_caption_says():
         assert clip.shape == (8, 64, 64, 3) and all(np.abs(a - b).mean() > 0.5 for a, b in zip(clip, clip[1:]))
         assert caption(scene) == f"a {scene.colour} {scene.shape} moving {scene.direction} on the {scene.ground}"
         # Moving the first frame by the whole way, in the direction asked, gives about the last one where the sprite is.
-        way = np.array(DIRECTIONS[scene.direction]) * round(26 / scene.fps * 7)
+        way = np.array(DIRECTIONS[scene.direction]) * round(SPEED / scene.fps * 7)
         differs = lambda dx, dy: np.abs(np.roll(clip[0], (dy, dx), (0, 1)) - clip[-1])[8:-8, 8:-8].mean()
         assert differs(*way) < min(differs(*-way), differs(0, 0))
 
@@ -41,6 +42,31 @@ def test_captions_drop_words():
     scene = random_scene(rng)
     captions = {caption(scene, rng) for _ in range(200)}
     assert "" in captions and f"a {scene.shape}" in captions and caption(scene) in captions and len(captions) == 9
+
+
+def test_measures_know_the_answer_of_drawn_clips():
+    rng = np.random.default_rng(3)
+    scenes = [random_scene(rng, unseen=i % 2 == 0) for i in range(100)]
+    seen = [measure(draw_clip(scene), scene.fps) for scene in scenes]
+    for name in ("shape", "colour", "ground", "direction"):
+        assert np.mean([getattr(m, name) == getattr(scene, name) for m, scene in zip(seen, scenes)]) >= 0.99, name
+    assert all(m.broken == 0 and not m.frozen for m in seen)
+    assert np.allclose([m.distance for m in seen], [SPEED / scene.fps * 7 for scene in scenes], rtol=0.05)
+
+
+def test_measures_fail_on_noise_and_on_frozen_and_shuffled_clips():
+    rng = np.random.default_rng(4)
+    noise = measure(rng.integers(0, 256, (8, 64, 64, 3)).astype(np.uint8), 8)
+    assert (noise.shape, noise.colour, noise.ground, noise.direction, noise.broken) == ("", "", "", "", 1.0)
+    for _ in range(5):
+        scene = random_scene(rng)
+        clip = draw_clip(scene)
+        frozen, shuffled = measure(clip[[3] * 8], scene.fps), measure(clip[[5, 1, 7, 0, 3, 6, 2, 4]], scene.fps)
+        assert frozen.frozen and frozen.direction == "" and frozen.shape == scene.shape
+        assert shuffled.direction == "" and shuffled.ground == scene.ground
+        one_bad = clip.copy()
+        one_bad[2] = rng.integers(0, 256, clip[2].shape)
+        assert measure(one_bad, scene.fps).broken == 1 / 8
 
 
 @pytest.mark.parametrize("name", SUBJECTS)

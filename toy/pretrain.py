@@ -10,7 +10,6 @@ Shapes: N pictures, B clips, T frames; videos (B, C, T, H, W).
 """
 import argparse
 import math
-import os
 import sys
 import time
 from dataclasses import replace
@@ -23,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import (TRAIN_STEPS, BaseConfig, Defaults, NoiseSchedule, ScheduleConfig, TextConfig, Tokenizer, UNetConfig, VAEConfig,
-                   build_part, fingerprint, save_config)
+                   build_part, complete_or_absent, fingerprint, save_config)
 from toy.world import SIZE, caption, draw_clip, random_look, random_scene
 
 FRAMES = 8
@@ -44,7 +43,7 @@ def main():
     p.add_argument("--stage", choices=["all", "vae", "latents", "unet", "export"], default="all")
     p.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="folder for the state of unfinished stages")
     p.add_argument("--base", type=Path, default=Path("toy/base"), help="folder that the base is written to")
-    p.add_argument("--vae_steps", type=int, default=2200, help="steps of 16 pictures")
+    p.add_argument("--vae_steps", type=int, default=4400, help="steps of 16 pictures")
     p.add_argument("--image_steps", type=int, default=2000, help="first steps of the UNet, on 96 single frames each")
     p.add_argument("--clip_steps", type=int, default=8000, help="further steps of the UNet, on 16 clips each")
     p.add_argument("--clips", type=int, default=8000, help="clips that are drawn and encoded once")
@@ -58,12 +57,12 @@ def main():
 
 
 def draw_pictures(count, seed):
-    """count pictures (N, 3, 64, 64) uint8: half from the world, half sprites of any look, size and turn."""
+    """count pictures (N, 3, 64, 64) uint8: a third from the world, the others sprites of any look, size and turn."""
     rng = np.random.default_rng(seed)
     pictures = []
     for i in range(count):
         scene = random_scene(rng)
-        if i % 2:
+        if i % 3:
             scene = replace(scene, look=random_look(rng), direction="", radius=rng.uniform(12, 24),
                             angle=rng.uniform(-0.6, 0.6), start=tuple(rng.uniform(16, SIZE - 16, 2)))
         pictures.append(draw_clip(scene, 1, first=rng.integers(FRAMES))[0])
@@ -110,7 +109,8 @@ def encode_clips(args, batch=32):
         if i % (50 * batch) == 0:
             print(f"latents {i}/{len(scenes)}  {time.time() - start:.0f} s", flush=True)
     latents = torch.cat(latents)
-    save_file({"latents": latents, "factor": LATENT_STD / latents.float().std()}, path)
+    with complete_or_absent(path) as temporary:
+        save_file({"latents": latents, "factor": LATENT_STD / latents.float().std()}, temporary)
 
 
 def train_unet(args, images=64, clips=10, lr=2.5e-3):
@@ -121,6 +121,10 @@ def train_unet(args, images=64, clips=10, lr=2.5e-3):
     schedule, tokenizer = NoiseSchedule(CONFIG.schedule), Tokenizer()
     networks = torch.nn.ModuleDict({part: build_part(part, CONFIG) for part in ("unet", "text_encoder")}).to(args.device)
     run = Run("unet", args.out, networks, lr, args.image_steps + args.clip_steps)
+    # Where little but noise is left to see, the plain loss is near 0 whatever the layout and the motion. This weight makes it
+    # the loss of v-prediction (Salimans and Ho 2022, Sec. 4), which is about the same at every noise level.
+    signal = schedule.alpha_bar * (schedule.scale * LATENT_STD) ** 2
+    weight = (1 + (1 - schedule.alpha_bar) / signal).to(args.device)
     while run.step < run.steps:
         rng = np.random.default_rng((4, run.step))
         single = run.step < args.image_steps or run.step % 8 == 0
@@ -130,14 +134,14 @@ def train_unet(args, images=64, clips=10, lr=2.5e-3):
             z_0 = z_0[torch.arange(len(which)), :, torch.from_numpy(rng.integers(FRAMES, size=len(which)))][:, :, None]
         texts = [caption(replace(scenes[k], direction="") if single else scenes[k], rng) for k in which]
         fps = torch.tensor([scenes[k].fps for k in which], device=args.device)
-        # Most noise levels are drawn from the noisiest 40%: layout and motion are decided there, and the plain loss
-        # hardly notices.
+        # Most noise levels are drawn from the noisiest 40%: layout and motion are decided there.
         t = rng.integers(TRAIN_STEPS, size=len(which))
         t = torch.from_numpy(np.where(rng.random(len(which)) < 0.4, t, 6 * TRAIN_STEPS // 10 + 4 * t // 10))
         z_0, t = z_0.to(args.device), t.to(args.device)
         eps = torch.randn_like(z_0)
         context = networks["text_encoder"](tokenizer(texts).to(args.device))
-        loss = F.mse_loss(networks["unet"](schedule.add_noise(z_0, t, eps), t, fps, context), eps)
+        error = (networks["unet"](schedule.add_noise(z_0, t, eps), t, fps, context) - eps).pow(2).mean(dim=(1, 2, 3, 4))
+        loss = (weight[t] * error).mean()
         run.optimize(loss, **{"images" if single else "clips": loss})
 
 
@@ -176,7 +180,7 @@ def load_average(stage, args, network=None):
 class Run:
     """One resumable training run: optimizer, warm-up and cosine decay, moving average of the weights, saves, log lines."""
 
-    def __init__(self, name, out, network, lr, steps, ema=0.995, save_every=200):
+    def __init__(self, name, out, network, lr, steps, ema=0.998, save_every=200):
         self.path, self.network, self.lr, self.steps, self.save_every = out / f"{name}.pt", network, lr, steps, save_every
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
         self.average = torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema))
@@ -208,10 +212,9 @@ class Run:
                   flush=True)
             self.log = {}
         if self.step % self.save_every == 0 or self.step == self.steps:
-            temporary = self.path.with_suffix(".tmp")
-            torch.save({"step": self.step, "network": self.network.state_dict(), "average": self.average.state_dict(),
-                        "optimizer": self.optimizer.state_dict()}, temporary)
-            os.replace(temporary, self.path)
+            with complete_or_absent(self.path) as temporary:
+                torch.save({"step": self.step, "network": self.network.state_dict(), "average": self.average.state_dict(),
+                            "optimizer": self.optimizer.state_dict()}, temporary)
 
 
 if __name__ == "__main__":

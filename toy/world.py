@@ -12,11 +12,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 SIZE = 64      # pixels, height and width
 TEXTURES = 4   # different places of each ground
-SPEED = 26.0   # pixels a second; at the default 8 frames a second a clip of 8 frames travels 23 pixels
+SPEED = 32.0   # pixels a second; at the default 8 frames a second a clip of 8 frames travels 28 pixels
 
 SHAPES = ("circle", "square", "triangle", "star", "heart")
 COLOURS = {"red": (0.86, 0.16, 0.16), "yellow": (0.96, 0.80, 0.12), "green": (0.18, 0.72, 0.20),
@@ -31,7 +33,7 @@ class Look:
     """How a sprite's body is painted. The base's training sees plain looks only."""
     colour: tuple                # RGB in [0, 1]
     second: tuple = None         # a second RGB, where there is a pattern
-    pattern: str = "plain"       # "plain", "stripes", "dots", "halves", "ring"
+    pattern: str = "plain"       # "plain", "stripes", "dots", "halves", "core"
     face: bool = False
 
 
@@ -74,7 +76,7 @@ def random_start(rng, direction, fps, frames):
     """Where a sprite has to start so that its path is centred on a point near the middle."""
     dx, dy = DIRECTIONS[direction]
     travel = SPEED / fps * (frames - 1)
-    middle = rng.uniform(-6, 6, 2) + (rng.uniform(-8, 8) * abs(dy), rng.uniform(-8, 8) * abs(dx))
+    middle = rng.uniform(-4, 4, 2) + (rng.uniform(-10, 10) * abs(dy), rng.uniform(-10, 10) * abs(dx))
     return tuple(SIZE / 2 + middle - 0.5 * travel * np.array([dx, dy]))
 
 
@@ -164,38 +166,46 @@ def paint(look, u, v, radius):
         return np.clip(d * radius + 0.5, 0, 1)
 
     if look.pattern == "stripes":
-        second = edge(np.abs((u * 1.6 + 0.25) % 1 - 0.5) - 0.25)
+        second = edge(np.abs((u * 1.25 + 0.25) % 1 - 0.5) - 0.25)
     elif look.pattern == "dots":
-        second = edge(0.2 - np.hypot((u + 0.27) % 0.54 - 0.27, (v + 0.27) % 0.54 - 0.27))
+        second = edge(0.24 - np.hypot((u + 0.35) % 0.7 - 0.35, (v + 0.35) % 0.7 - 0.35))
     elif look.pattern == "halves":
         second = edge(v - 0.05)
-    elif look.pattern == "ring":
-        second = edge(0.16 - np.abs(np.hypot(u, v) - 0.38))
+    elif look.pattern == "core":
+        second = edge(0.45 - np.hypot(u, v))
     else:
         second = np.zeros_like(u)
     body = np.array(look.colour) + second[..., None] * (np.array(look.second or look.colour) - look.colour)
     if look.face:
-        for eye in (-0.26, 0.26):
-            body = body + edge(0.17 - np.hypot(u - eye, v + 0.12))[..., None] * (np.array((1.0, 1.0, 1.0)) - body)
-            body = body + edge(0.09 - np.hypot(u - eye, v + 0.10))[..., None] * (np.array((0.05, 0.05, 0.1)) - body)
-        mouth = edge(0.07 - np.abs(np.hypot(u, v - 0.12) - 0.26)) * (v > 0.18)
+        for eye in (-0.27, 0.27):
+            body = body + edge(0.22 - np.hypot(u - eye, v + 0.12))[..., None] * (np.array((1.0, 1.0, 1.0)) - body)
+            body = body + edge(0.12 - np.hypot(u - eye, v + 0.10))[..., None] * (np.array((0.05, 0.05, 0.1)) - body)
+        mouth = edge(0.09 - np.abs(np.hypot(u, v - 0.14) - 0.28)) * (v > 0.22)
         body = body + mouth[..., None] * (np.array((0.05, 0.05, 0.1)) - body)
     return body
 
 
-def draw_sprite(image, scene, centre):
-    """The sprite over an image (64, 64, 3): a soft shadow, a dark rim, the painted body lit from the upper left."""
+def sprite_layers(scene, centre):
+    """What a sprite adds to a picture: shadow (64, 64), cover (64, 64), both in [0, 1], and body (64, 64, 3).
+
+    The body has a dark rim and is lit from the upper left.
+    """
     cx, cy = centre
     c, s = math.cos(scene.angle), math.sin(scene.angle)
     u, v = ((X - cx) * c + (Y - cy) * s) / scene.radius, ((Y - cy) * c - (X - cx) * s) / scene.radius
     distance = shape_distance(scene.shape, u, v)
     shadow = np.exp(-(((X - cx - 2) / scene.radius) ** 2 + ((Y - cy - 3) / scene.radius) ** 2) * 1.1)
-    image = image * (1 - 0.25 * shadow[..., None])
     light = 1.02 - 0.22 * np.hypot(X - cx + 0.4 * scene.radius, Y - cy + 0.45 * scene.radius) / scene.radius
     rim = np.clip((distance + 0.10) * scene.radius + 0.5, 0, 1)
     body = paint(scene.look, u, v, scene.radius) * (light * (1 - 0.45 * rim))[..., None]
-    cover = np.clip(0.5 - distance * scene.radius, 0, 1)[..., None]
-    return image + cover * (body - image)
+    return shadow, np.clip(0.5 - distance * scene.radius, 0, 1), body
+
+
+def draw_sprite(image, scene, centre):
+    """The sprite and its soft shadow over an image (64, 64, 3)."""
+    shadow, cover, body = sprite_layers(scene, centre)
+    image = image * (1 - 0.25 * shadow[..., None])
+    return image + cover[..., None] * (body - image)
 
 
 def draw_clip(scene, frames=8, first=0):
@@ -209,7 +219,7 @@ def draw_clip(scene, frames=8, first=0):
 def random_look(rng):
     """Any look at all, for the VAE, which like the real one has to code pictures that the UNet never saw."""
     rgb = lambda: tuple(rng.uniform(0.05, 1, 3))
-    return Look(rgb(), rgb(), str(rng.choice(["plain", "stripes", "dots", "halves", "ring"])), bool(rng.random() < 0.4))
+    return Look(rgb(), rgb(), str(rng.choice(["plain", "stripes", "dots", "halves", "core"])), bool(rng.random() < 0.4))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,7 +228,7 @@ def random_look(rng):
 SUBJECTS = {
     "ember": ("star", Look((0.98, 0.55, 0.10), (0.62, 0.08, 0.10), "halves", face=True)),
     "bee": ("circle", Look((0.98, 0.80, 0.10), (0.12, 0.10, 0.10), "stripes", face=False)),
-    "gift": ("square", Look((0.10, 0.62, 0.60), (0.98, 0.55, 0.70), "ring")),
+    "gift": ("square", Look((0.10, 0.62, 0.60), (0.98, 0.55, 0.70), "core")),
     "berry": ("heart", Look((0.90, 0.15, 0.30), (1.00, 0.95, 0.85), "dots")),
     "flag": ("triangle", Look((0.95, 0.95, 0.95), (0.10, 0.25, 0.65), "stripes")),
 }
@@ -232,6 +242,106 @@ def draw_photos(name, count=5):
     return np.concatenate([draw_clip(Scene(
         shape, look, str(grounds[i % len(grounds)]), "", start=tuple(rng.uniform(27, 37, 2)), radius=rng.uniform(16, 21),
         angle=rng.uniform(-0.35, 0.35), texture=int(rng.integers(TEXTURES))), 1) for i in range(count)])
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring clips from their pixels, by finding the drawing that explains them best.
+#
+# The ground is the painted one that most pixels agree with. Then every sprite of a bank (shape, colour, angle, size) is
+# tried at every position of every frame; what it explains is how much nearer to the pixels it is than the bare ground:
+#     gain(p) = sum_x m(x - p) [ (I(x) - G(x))^2 - (I(x) - S(x - p))^2 ]
+# with image I, ground G, sprite S and its cover m. Written out, these are correlations, so FFTs do all positions at once.
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a clip shows. A name is empty where the clip shows none."""
+    shape: str
+    colour: str
+    ground: str
+    direction: str
+    distance: float     # pixels travelled from the first frame to the last, along a straight line fitted to the track
+    frozen: bool        # travelled less than a quarter of what the world's sprites travel
+    broken: float       # share of frames that no drawing comes near: PSNR of the best one below BROKEN
+    track: np.ndarray   # (T, 2), the sprite's centre (x, y) in pixels
+
+
+BROKEN = 17.0     # dB
+STRAIGHT = 3.0    # pixels, root mean square, that a track may be off its straight line
+
+
+class SpriteBank:
+    """Sprites to look for: scenes whose place does not matter. Half resolution keeps the search fast."""
+
+    def __init__(self, scenes):
+        self.scenes = scenes
+        layers = [sprite_layers(scene, (SIZE / 2, SIZE / 2)) for scene in scenes]
+        m = torch.tensor(np.stack([cover for _, cover, _ in layers]), dtype=torch.float32)[:, None]
+        body = torch.tensor(np.stack([body for _, _, body in layers]), dtype=torch.float32).permute(0, 3, 1, 2)
+        m, body = F.avg_pool2d(m, 2), F.avg_pool2d(m * body, 2) / F.avg_pool2d(m, 2).clamp(min=1e-6)
+        # gain = m * A + 2 (m S) * I - (m S^2) * 1, with * a correlation and A = (I - G)^2 - I^2
+        terms = torch.cat([m, 2 * m * body, -m * (body ** 2).sum(1, keepdim=True)], dim=1)
+        self.terms = torch.fft.rfft2(terms, s=(SIZE, SIZE)).conj()                                  # (N, 5, 64, 33)
+
+    def search(self, clip, ground):
+        """clip (T, 64, 64, 3), ground (64, 64, 3) -> gains (N, T), track (N, T, 2) of every sprite's best centres."""
+        image, bare = (F.avg_pool2d(torch.tensor(x, dtype=torch.float32).permute(0, 3, 1, 2), 2) for x in (clip, ground[None]))
+        a = ((image - bare) ** 2 - image ** 2).sum(1, keepdim=True)
+        frames = torch.fft.rfft2(torch.cat([a, image, torch.ones_like(a)], dim=1), s=(SIZE, SIZE))  # (T, 5, 64, 33)
+        gain = torch.fft.irfft2(torch.einsum("ncyx,tcyx->ntyx", self.terms, frames), s=(SIZE, SIZE))
+        reach = 13  # half pixels; so far from the picture's middle may a sprite's centre lie
+        gain = torch.roll(gain, (reach, reach), dims=(2, 3))[:, :, :2 * reach + 1, :2 * reach + 1]
+        best, where = gain.flatten(2).max(2)
+        y, x = where // (2 * reach + 1), where % (2 * reach + 1)
+        track = torch.stack([x + vertex(gain, y, x, 3), y + vertex(gain, y, x, 2)], -1)
+        return best, SIZE / 2 + 2 * (track - reach)
+
+
+def vertex(gain, y, x, axis):
+    """Where the parabola through a maximum and its two neighbours on an axis peaks, relative to the maximum."""
+    n, t = torch.meshgrid(*map(torch.arange, y.shape), indexing="ij")
+    at = [n, t, y, x]
+    left, right = list(at), list(at)
+    left[axis], right[axis] = (at[axis] - 1).clamp(min=0), (at[axis] + 1).clamp(max=gain.shape[axis] - 1)
+    left, middle, right = (gain[tuple(index)] for index in (left, at, right))
+    return (0.5 * (left - right) / (left - 2 * middle + right).clamp(max=-1e-6)).clamp(-0.5, 0.5)
+
+
+@lru_cache
+def plain_sprites():
+    """The bank of every shape and colour of the world."""
+    return SpriteBank([Scene(shape, Look(rgb), "", "", colour, radius=radius, angle=angle)
+                       for shape in SHAPES for colour, rgb in COLOURS.items()
+                       for radius in (14.5, 16.5, 18.5) for angle in (-0.26, -0.13, 0, 0.13, 0.26)])
+
+
+def find_ground(clip):
+    """clip (T, 64, 64, 3) in [0, 1] -> (name, painted ground (64, 64, 3)); the name is empty if few pixels agree with any."""
+    candidates = [(name, draw_ground(name, texture)) for name in GROUNDS for texture in range(TEXTURES)]
+    off = [np.median(np.abs(clip - ground).mean(-1)) for _, ground in candidates]
+    name, ground = candidates[int(np.argmin(off))]
+    return (name if min(off) < 0.08 else ""), ground
+
+
+def measure(clip, fps, bank=None):
+    """clip (T, 64, 64, 3) uint8 -> Measured. `bank` is what may be in it, by default the world's plain sprites."""
+    bank = bank or plain_sprites()
+    clip = clip / 255
+    name, ground = find_ground(clip)
+    gains, tracks = bank.search(clip, ground)
+    best = int(gains.sum(1).argmax())
+    scene, track = bank.scenes[best], tracks[best].numpy().astype(np.float64)
+    drawn = np.stack([draw_sprite(ground, scene, centre) for centre in track])
+    broken = -10 * np.log10(((drawn - clip) ** 2).mean(axis=(1, 2, 3))) < BROKEN
+    time = np.arange(len(clip)) - (len(clip) - 1) / 2
+    slope = (time[:, None] * track).sum(0) / (time ** 2).sum()
+    off_line = np.sqrt(((track - track.mean(0) - time[:, None] * slope) ** 2).sum(1).mean())
+    distance = float(np.hypot(*slope) * (len(clip) - 1))
+    frozen = distance < 0.25 * SPEED / fps * (len(clip) - 1)
+    direction = max(DIRECTIONS, key=lambda d: slope @ DIRECTIONS[d])
+    seen = broken.mean() < 0.5
+    return Measured(shape=scene.shape if seen else "", colour=scene.colour if seen else "", ground=name, distance=distance, frozen=bool(frozen),
+                    direction=direction if seen and not frozen and off_line < STRAIGHT else "", broken=float(broken.mean()), track=track)
+
 
 
 if __name__ == "__main__":
