@@ -1,4 +1,4 @@
-"""Eq. 2 of CustomCrafter: a low-rank update of the spatial attention, W = W_0 + lambda * B A, and the subject file it is kept in.
+"""Eq. 2 of CustomCrafter, W = W_0 + lambda * B A on the spatial attention, and the subject file that A, B and V* are kept in.
 
 Nothing to run here. train.py learns a subject with `add_lora` (the update stays beside the weight, lambda = 1); sample.py
 applies one with `MergedLoRA` (the update goes into the weight, so that a customised video costs what a plain one costs).

@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from lora import MergedLoRA, load_subject
-from model import ROOT, TEXT_LENGTH, TRAIN_STEPS, Z_CHANNELS, BadInput, Tokenizer, complete_or_absent, default_base, load_base, run_script
+from model import (ROOT, TEXT_LENGTH, TRAIN_STEPS, Z_CHANNELS, BadInput, Tokenizer, complete_or_absent, default_base, load_base,
+                   run_script)
 
 
 def ddim_steps(schedule, steps, eta):
@@ -44,7 +45,8 @@ def ddim(unet, schedule, z, noise, context, uncond, fps, steps, cfg, eta, streng
     """Algorithm 1. z (B, 4, T, h, w) standard normal -> z_0 of the same shape.
 
     noise: function of no arguments -> standard normal like z, called once a step if eta > 0. context (B, L, D) and uncond
-    (B or 1, L, D): the prompts and the empty (or negative) prompt. fps (B,). strength: a MergedLoRA, set to lambdas[i] at step i.
+    (B or 1, L, D): the prompts and the empty (or negative) prompt. fps (B,). strength: a MergedLoRA, set to lambdas[i] at
+    step i.
     """
     B = z.shape[0]
     both = torch.cat([context, uncond.expand(B, -1, -1)])
@@ -235,7 +237,8 @@ def save_video(path, video, fps, facts):
     for file, end in files.items():
         with complete_or_absent(file) as temporary:
             if end == "mp4":  # macro_block_size 1: the size stays as it is, instead of being rounded up to 16 in silence
-                iio.imwrite(temporary, video, plugin="FFMPEG", fps=fps, codec="libx264", quality=8, macro_block_size=1)
+                iio.imwrite(temporary, video, plugin="FFMPEG", fps=fps, codec="libx264", quality=8,
+                            macro_block_size=1)
             elif end == "gif":
                 iio.imwrite(temporary, video, plugin="pillow", duration=1000 / fps, loop=0)
             else:

@@ -104,7 +104,8 @@ def main():
         if step % 10 == 0 or step + 1 == d.train_steps:
             mean_loss = loss.item() if step == 0 else 0.8 * mean_loss + 0.2 * loss.item()
             if not loss.isfinite():
-                raise BadInput(f"--lr {d.lr}: the loss is not finite at step {step}; try a lower one (the last save stays in {out})")
+                raise BadInput(f"--lr {d.lr}: the loss is not finite at step {step}; try a lower one "
+                               f"(the last save stays in {out})")
             bar.set_postfix(loss=f"{mean_loss:.4f}")
         if rank == 0 and ((step + 1) % args.save_every == 0 or step + 1 == d.train_steps):
             save(step + 1)

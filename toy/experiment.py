@@ -1,12 +1,14 @@
-"""Measures the embedded base, where the truth is known to the pixel.
+"""Measures the embedded base and the paper's claim on it, where the truth is known to the pixel.
 
-    python toy/experiment.py base       # does the base show what captions say? 256 clips of unseen seeds, half held out
+    python toy/experiment.py base       # does the base show what captions say? Clips of unseen seeds, half of them held out
     python toy/experiment.py decided    # at which sampling step is the direction of motion decided?
+    python toy/experiment.py claim      # constant lambda against the paper's schedule, on a subject that train.py learned
 
-Each prints a table and writes it, with a contact sheet, into --out (outputs/experiment). Numbers are means over clips, each
-with its standard error.
+Each prints a table, and writes it with a contact sheet into --out (outputs/experiment). Numbers are means over clips, each
+with its standard error; clip n of every row has the same prompt and the same seed.
 """
 import argparse
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -18,22 +20,33 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from model import ROOT, Z_CHANNELS, Tokenizer, complete_or_absent, load_base, run_script
-from sample import ddim, ddim_steps
-from toy.world import DIRECTIONS, SPEED, SUBJECTS, caption, draw_clip, draw_photos, measure, random_scene
+from lora import MergedLoRA, load_subject
+from model import ROOT, Z_CHANNELS, BadInput, Tokenizer, complete_or_absent, load_base, run_script
+from sample import ddim, ddim_steps, find_subject, two_step_schedule
+from toy.world import (DIRECTIONS, GROUNDS, SPEED, SUBJECTS, caption, class_or_subject, draw_clip, draw_photos, likeness, measure,
+                       random_scene)
 
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
+# lambda_s, lambda_l, K of every row of the claim; fixed before any was sampled.
+SCHEDULES = {"constant 1.0": (1.0, 1.0, 0), "constant 0.8": (0.8, 0.8, 0), "constant 0.4": (0.4, 0.4, 0),
+             "0.4 then 0.8, K = 5 (paper)": (0.4, 0.8, 5), "0.4 then 0.8, K = 2": (0.4, 0.8, 2),
+             "0.4 then 0.8, K = 10": (0.4, 0.8, 10), "0.4 then 0.8, K = 20": (0.4, 0.8, 20),
+             "0.0 then 0.8, K = 5": (0.0, 0.8, 5), "0.2 then 0.8, K = 5": (0.2, 0.8, 5), "0.6 then 0.8, K = 5": (0.6, 0.8, 5)}
+
 
 def main():
-    p = argparse.ArgumentParser(description="Measure the embedded base.")
-    p.add_argument("what", choices=["base", "decided"])
+    p = argparse.ArgumentParser(description="Measure the embedded base and the paper's claim on it.")
+    p.add_argument("what", choices=["base", "decided", "claim"])
     p.add_argument("--base", type=Path, default=ROOT / "toy" / "base", help="base folder (default: %(default)s)")
-    p.add_argument("--clips", type=int, default=256, help="clips per row of the table (default: %(default)s)")
+    p.add_argument("--subject", default="", help="claim: subject.safetensors learned from one of toy/subjects "
+                                                 "(default: the newest under runs/, else the committed one)")
+    p.add_argument("--clips", type=int, help="clips per row (default: 256 for base, else 128)")
     p.add_argument("--out", type=Path, default=Path("outputs/experiment"), help="folder for results (default: %(default)s)")
     args = p.parse_args()
+    args.clips = args.clips or (256 if args.what == "base" else 128)
     base = load_base(args.base, "cuda" if torch.cuda.is_available() else "cpu")
-    {"base": measure_base, "decided": measure_decision}[args.what](args, base)
+    {"base": measure_base, "decided": measure_decision, "claim": measure_claim}[args.what](args, base)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,32 +56,51 @@ def main():
 def measure_base(args, base):
     """Clips of scenes never trained on, at default settings, against their captions; and the VAE's own error."""
     scenes = draw_scenes(args.clips)
-    clips = sample_clips(base, [caption(scene) for scene in scenes], [scene.fps for scene in scenes])
+    clips = sample_clips(base, [caption(scene) for scene in scenes])
     seen = [measure(clip, scene.fps) for clip, scene in zip(clips, scenes)]
-    rows = {name: [getattr(m, name) == getattr(scene, name) for m, scene in zip(seen, scenes)]
-            for name in ("direction", "colour", "shape", "ground")}
-    rows["distance, relative to the world's"] = [m.distance / travel(scene, len(clip)) for m, scene, clip in zip(seen, scenes, clips)]
-    rows["frozen clips"] = [m.frozen for m in seen]
-    rows["clips with a broken frame"] = [m.broken > 0 for m in seen]
+    row = against(scenes, seen, ("direction", "colour", "shape", "ground"))
     for name, pictures in [("world", np.concatenate([draw_clip(scene, 1) for scene in scenes])),
                            ("subjects", np.concatenate([draw_photos(name) for name in SUBJECTS]))]:
-        rows[f"VAE, dB on the {name}"] = [psnr(base, picture) for picture in pictures]
-    report(args, "base", rows)
+        row[f"VAE {name} dB"] = [psnr(base, picture) for picture in pictures]
+    report(args, "base", {"base": row})
     save_sheet(args.out / "base.png", clips[:16])
 
 
 def measure_decision(args, base):
-    """The motion word is exchanged for its opposite after k steps: the later the second word still wins, the later motion forms."""
-    scenes = draw_scenes(args.clips)
+    """The motion word is exchanged for its opposite after k steps; motion is decided where the first begins to win."""
+    scenes, rows = draw_scenes(args.clips), {}
     texts = [caption(scene) for scene in scenes]
     others = [caption(replace(scene, direction=OPPOSITE[scene.direction])) for scene in scenes]
-    rows = {}
-    for k in (0, 1, 2, 3, 5, 7, 10, 15, 20, 25):
-        clips = sample_clips(base, texts, [scene.fps for scene in scenes], others, k)
-        seen = [measure(clip, scene.fps).direction for clip, scene in zip(clips, scenes)]
-        rows[f"k = {k:2}: first word"] = [d == scene.direction for d, scene in zip(seen, scenes)]
-        rows[f"k = {k:2}: second word"] = [d == OPPOSITE[scene.direction] for d, scene in zip(seen, scenes)]
-        report(args, "decided", rows)
+    for k in (0, 1, 2, 3, 5, 7, 10, 15, 20, 30):
+        seen = [measure(clip, scene.fps).direction for clip, scene in zip(sample_clips(base, texts, others, k), scenes)]
+        rows[f"k = {k}"] = {"first word": [d == scene.direction for d, scene in zip(seen, scenes)],
+                            "second word": [d == OPPOSITE[scene.direction] for d, scene in zip(seen, scenes)]}
+    report(args, "decided", rows)
+
+
+def measure_claim(args, base):
+    """Motion, composition and likeness of a learned subject at every lambda schedule; the base as reference."""
+    path = find_subject(args.subject, base.config.fingerprint)
+    subject = load_subject(path, base)
+    name = Path(subject.settings["images"]).name
+    if name not in SUBJECTS:
+        raise BadInput(f"--subject {path}: was learned from {subject.settings['images']}, and the truth is known of toy/subjects only")
+    print(f"subject {path}: {name}, {subject.steps} steps")
+    places = [(d, g) for g in GROUNDS for d in DIRECTIONS]
+    scenes = [replace(scene, direction=direction, ground=ground)
+              for scene, (direction, ground) in zip(draw_scenes(args.clips), itertools.cycle(places))]
+    text = "a {} moving {} on the {}"
+    d, rows, sheet = base.config.defaults, {}, []
+    for row, schedule in {"base, class word": None, **SCHEDULES}.items():
+        words = f"{subject.placeholder} {subject.class_word}" if schedule else subject.class_word
+        prompts = [text.format(words, scene.direction, scene.ground) for scene in scenes]
+        clips = sample_clips(base, prompts, subject=subject if schedule else None,
+                             lambdas=two_step_schedule(*schedule, d.steps) if schedule else None)
+        rows[row] = against(scenes, [measure(clip, d.fps, class_or_subject(name)) for clip in clips], ("direction", "ground"))
+        rows[row]["likeness"] = [likeness(clip, name) for clip in clips]
+        sheet += list(clips[:2])
+        report(args, f"claim-{name}", rows)
+        save_sheet(args.out / f"claim-{name}.png", sheet)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,20 +113,25 @@ def draw_scenes(count, seed=1000):
     return [replace(random_scene(rng, unseen=i % 2 == 0), fps=8) for i in range(count)]
 
 
-def travel(scene, frames):
-    """Pixels that the world's own sprite travels in a clip."""
-    return SPEED / scene.fps * (frames - 1)
+def against(scenes, seen, names):
+    """What clips show (list of Measured) against what was asked: metric -> one number a clip."""
+    row = {name: [getattr(m, name) == getattr(scene, name) for m, scene in zip(seen, scenes)] for name in names}
+    row["distance"] = [m.distance / (SPEED / scene.fps * (len(m.track) - 1)) for m, scene in zip(seen, scenes)]  # world: 1
+    row["frozen"] = [m.frozen for m in seen]
+    row["broken"] = [m.broken > 0 for m in seen]
+    return row
 
 
 @torch.no_grad()
-def sample_clips(base, prompts, fps, later_prompts=None, k=None, batch=32):
-    """Prompts and fps, one each a clip -> (N, T, H, W, 3) uint8 numpy, at the base's default settings.
+def sample_clips(base, prompts, later_prompts=None, k=None, subject=None, lambdas=None, batch=32):
+    """One prompt a clip -> (N, T, H, W, 3) uint8 numpy, at the base's default settings. Clip n has seed n.
 
-    Clip n has seed n. With `later_prompts` the text is exchanged after k steps.
+    With `later_prompts` the text is exchanged after k steps.
     """
-    d, tokenizer, clips = base.config.defaults, Tokenizer(), []
+    d, tokenizer, clips = base.config.defaults, Tokenizer([subject.placeholder] if subject else []), []
+    strength = MergedLoRA(base.unet, subject) if subject else None
     shape = (Z_CHANNELS, d.frames, d.height // 8, d.width // 8)
-    encode = lambda texts: base.text_encoder(tokenizer(list(texts)).to(base.device))
+    encode = lambda texts: base.text_encoder(tokenizer(list(texts)).to(base.device), subject.v_star if subject else None)
     for i in tqdm(range(0, len(prompts), batch), desc="clips", unit=f"{batch} clips"):
         part = slice(i, min(i + batch, len(prompts)))
         generators = [torch.Generator().manual_seed(n) for n in range(part.start, part.stop)]
@@ -104,9 +141,11 @@ def sample_clips(base, prompts, fps, later_prompts=None, k=None, batch=32):
             later = torch.cat([encode(later_prompts[part]), uncond.expand(len(context), -1, -1)])
             last_t = ddim_steps(base.schedule, d.steps, d.eta)[0][k].item()  # the first noise level with the new text
             unet = lambda z, t, f, both: base.unet(z, t, f, later if t[0] <= last_t else both)
-        z_0 = ddim(unet, base.schedule, noise(), noise, context, uncond, torch.tensor(fps[part], device=base.device),
-                   d.steps, d.cfg, d.eta)
+        fps = torch.full((len(context),), d.fps, device=base.device)
+        z_0 = ddim(unet, base.schedule, noise(), noise, context, uncond, fps, d.steps, d.cfg, d.eta, strength, lambdas)
         clips.append(base.decode(z_0).numpy())
+    if strength:
+        strength.set(0)
     return np.concatenate(clips)
 
 
@@ -118,11 +157,15 @@ def psnr(base, picture):
 
 
 def report(args, name, rows):
-    """Prints row name -> list of numbers as mean and standard error, and writes them to name.json."""
-    table = {row: {"mean": float(np.mean(x)), "error": float(np.std(x) / len(x) ** 0.5), "clips": len(x)} for row, x in rows.items()}
-    print("\n".join(f"{row:36} {r['mean']:7.3f} +- {r['error']:.3f}  ({r['clips']})" for row, r in table.items()), flush=True)
+    """Row -> metric -> list of numbers becomes a table of means and standard errors, printed and written to name.json."""
+    table = {row: {metric: (float(np.mean(x)), float(np.std(x) / len(x) ** 0.5)) for metric, x in metrics.items()}
+             for row, metrics in rows.items()}
+    metrics = list(next(iter(table.values())))
+    print(f"| {args.clips} clips a row | " + " | ".join(metrics) + " |\n" + "|---" * (1 + len(metrics)) + "|")
+    for row, values in table.items():
+        print(f"| {row} | " + " | ".join(f"{mean:.3f} ± {error:.3f}" for mean, error in values.values()) + " |", flush=True)
     with complete_or_absent(args.out / f"{name}.json") as temporary:
-        temporary.write_text(json.dumps(table, indent=1) + "\n")
+        temporary.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
 def save_sheet(path, clips):

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import (TRAIN_STEPS, BaseConfig, Defaults, NoiseSchedule, ScheduleConfig, TextConfig, Tokenizer, UNetConfig, VAEConfig,
@@ -26,7 +27,7 @@ from model import (TRAIN_STEPS, BaseConfig, Defaults, NoiseSchedule, ScheduleCon
 from toy.world import SIZE, caption, draw_clip, random_look, random_scene
 
 FRAMES = 8
-LATENT_STD = 3.0  # of the scaled latents: at what noise level motion is decided depends on it
+LATENT_STD = 1.0  # of the scaled latents, as in VideoCrafter2: at what noise level motion is decided depends on it
 CONFIG = BaseConfig(
     name="toy",
     schedule=ScheduleConfig(),
@@ -35,7 +36,8 @@ CONFIG = BaseConfig(
     unet=UNetConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2), head_channels=16,
                     context_dim=64, norm_groups=8),
     defaults=Defaults(frames=FRAMES, height=SIZE, width=SIZE, fps=8, save_fps=8,
-                      prompt="a V* {class word} moving left on the sea", cfg=5.0, rank=8, lr=2e-3, train_steps=250, batch_size=2, num_prior=16))
+                      prompt="a V* {class word} moving left on the sea", cfg=5.0, rank=8, lr=2e-3, train_steps=250,
+                      batch_size=2, num_prior=16))
 
 
 def main():
@@ -44,9 +46,9 @@ def main():
     p.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="folder for the state of unfinished stages")
     p.add_argument("--base", type=Path, default=Path("toy/base"), help="folder that the base is written to")
     p.add_argument("--vae_steps", type=int, default=4400, help="steps of 16 pictures")
-    p.add_argument("--image_steps", type=int, default=2000, help="first steps of the UNet, on 96 single frames each")
-    p.add_argument("--clip_steps", type=int, default=8000, help="further steps of the UNet, on 16 clips each")
-    p.add_argument("--clips", type=int, default=8000, help="clips that are drawn and encoded once")
+    p.add_argument("--image_steps", type=int, default=1000, help="first steps of the UNet, on 64 single frames each")
+    p.add_argument("--clip_steps", type=int, default=3200, help="further steps of the UNet, on 16 clips each")
+    p.add_argument("--clips", type=int, default=6000, help="clips that are drawn and encoded once")
     args = p.parse_args()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.out.mkdir(parents=True, exist_ok=True)
@@ -113,7 +115,7 @@ def encode_clips(args, batch=32):
         save_file({"latents": latents, "factor": LATENT_STD / latents.float().std()}, temporary)
 
 
-def train_unet(args, images=64, clips=10, lr=2.5e-3):
+def train_unet(args, images=64, clips=16, lr=2e-3):
     """Eq. 1 on single frames first, 8 times cheaper, then on clips with a share of single frames; captions drop words."""
     torch.manual_seed(0)
     data = load_file(args.out / "latents.safetensors")
@@ -122,9 +124,10 @@ def train_unet(args, images=64, clips=10, lr=2.5e-3):
     networks = torch.nn.ModuleDict({part: build_part(part, CONFIG) for part in ("unet", "text_encoder")}).to(args.device)
     run = Run("unet", args.out, networks, lr, args.image_steps + args.clip_steps)
     # Where little but noise is left to see, the plain loss is near 0 whatever the layout and the motion. This weight makes it
-    # the loss of v-prediction (Salimans and Ho 2022, Sec. 4), which is about the same at every noise level.
+    # the loss of v-prediction (Salimans and Ho 2022, Sec. 4), which is about the same at every noise level; the bound keeps
+    # the last few levels, where nothing is left to see at all, from outweighing the rest.
     signal = schedule.alpha_bar * (schedule.scale * LATENT_STD) ** 2
-    weight = (1 + (1 - schedule.alpha_bar) / signal).to(args.device)
+    weight = (1 + (1 - schedule.alpha_bar) / signal).clamp(max=100).to(args.device)
     while run.step < run.steps:
         rng = np.random.default_rng((4, run.step))
         single = run.step < args.image_steps or run.step % 8 == 0
@@ -157,7 +160,8 @@ def export(args):
     keep = torch.zeros(len(table), 1)
     keep[words] = 1
     table.mul_(keep)
-    config = replace(CONFIG, vae=replace(CONFIG.vae, latent_factor=float(load_file(args.out / "latents.safetensors")["factor"])))
+    factor = load_file(args.out / "latents.safetensors")["factor"].item()
+    config = replace(CONFIG, vae=replace(CONFIG.vae, latent_factor=factor))
     states = {part: {name: x.bfloat16().contiguous() for name, x in network.state_dict().items()}
               for part, network in networks.items()}
     config.fingerprint = fingerprint(states)
@@ -183,7 +187,7 @@ class Run:
     def __init__(self, name, out, network, lr, steps, ema=0.998, save_every=200):
         self.path, self.network, self.lr, self.steps, self.save_every = out / f"{name}.pt", network, lr, steps, save_every
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-        self.average = torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema))
+        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema))
         self.step, self.log, self.start = 0, {}, time.time()
         if self.path.exists():
             state = torch.load(self.path, weights_only=True)

@@ -229,7 +229,7 @@ SUBJECTS = {
     "ember": ("star", Look((0.98, 0.55, 0.10), (0.62, 0.08, 0.10), "halves", face=True)),
     "bee": ("circle", Look((0.98, 0.80, 0.10), (0.12, 0.10, 0.10), "stripes", face=False)),
     "gift": ("square", Look((0.10, 0.62, 0.60), (0.98, 0.55, 0.70), "core")),
-    "berry": ("heart", Look((0.90, 0.15, 0.30), (1.00, 0.95, 0.85), "dots")),
+    "berry": ("heart", Look((0.92, 0.16, 0.32), (1.00, 0.90, 0.55), "halves")),
     "flag": ("triangle", Look((0.95, 0.95, 0.95), (0.10, 0.25, 0.65), "stripes")),
 }
 
@@ -314,6 +314,38 @@ def plain_sprites():
                        for radius in (14.5, 16.5, 18.5) for angle in (-0.26, -0.13, 0, 0.13, 0.26)])
 
 
+@lru_cache
+def subject_sprites(name):
+    """The bank of one subject's true look, at several sizes and turns."""
+    shape, look = SUBJECTS[name]
+    return SpriteBank([Scene(shape, look, "", "", radius=radius, angle=angle) for radius in (13, 15, 17, 19, 21)
+                       for angle in (-0.45, -0.3, -0.15, 0, 0.15, 0.3, 0.45)])
+
+
+@lru_cache
+def class_or_subject(name):
+    """The bank of what may be in a customised clip: the subject, or any plain sprite of its class."""
+    shape = SUBJECTS[name][0]
+    return SpriteBank([s for s in plain_sprites().scenes if s.shape == shape] + subject_sprites(name).scenes)
+
+
+def likeness(clip, name):
+    """How much of what sets the subject off from the bare ground a clip shows: 1 for its true look, about 0 for none of it.
+
+    clip (T, 64, 64, 3) uint8. Every frame counts by its best match over place, size and turn; a look as far from the
+    subject as the ground is scores 0, and so does a farther one.
+    """
+    bank, clip = subject_sprites(name), clip / 255
+    _, ground = find_ground(clip)
+    gains, tracks = bank.search(clip, ground)
+    scores = []
+    for t, best in enumerate(gains.argmax(0).tolist()):
+        _, cover, body = sprite_layers(bank.scenes[best], tracks[best, t].tolist())
+        off, bare = ((cover[..., None] * (picture - body) ** 2).sum() for picture in (clip[t], ground))
+        scores.append(max(0.0, 1 - off / bare))
+    return float(np.mean(scores))
+
+
 def find_ground(clip):
     """clip (T, 64, 64, 3) in [0, 1] -> (name, painted ground (64, 64, 3)); the name is empty if few pixels agree with any."""
     candidates = [(name, draw_ground(name, texture)) for name in GROUNDS for texture in range(TEXTURES)]
@@ -324,8 +356,7 @@ def find_ground(clip):
 
 def measure(clip, fps, bank=None):
     """clip (T, 64, 64, 3) uint8 -> Measured. `bank` is what may be in it, by default the world's plain sprites."""
-    bank = bank or plain_sprites()
-    clip = clip / 255
+    bank, clip = bank or plain_sprites(), clip / 255
     name, ground = find_ground(clip)
     gains, tracks = bank.search(clip, ground)
     best = int(gains.sum(1).argmax())
@@ -339,8 +370,9 @@ def measure(clip, fps, bank=None):
     frozen = distance < 0.25 * SPEED / fps * (len(clip) - 1)
     direction = max(DIRECTIONS, key=lambda d: slope @ DIRECTIONS[d])
     seen = broken.mean() < 0.5
-    return Measured(shape=scene.shape if seen else "", colour=scene.colour if seen else "", ground=name, distance=distance, frozen=bool(frozen),
-                    direction=direction if seen and not frozen and off_line < STRAIGHT else "", broken=float(broken.mean()), track=track)
+    return Measured(shape=scene.shape if seen else "", colour=scene.colour if seen else "", ground=name,
+                    direction=direction if seen and not frozen and off_line < STRAIGHT else "", distance=distance,
+                    frozen=bool(frozen), broken=float(broken.mean()), track=track)
 
 
 
