@@ -40,6 +40,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, rank):
         super().__init__()
         self.base = base
+        self.lam = 1.0
         # A and B stay in float32 whatever the frozen weights are in: their steps are too small for bfloat16.
         # Hu et al. 2021: A is Gaussian and B zero, so that step 0 computes the base exactly.
         A, B = torch.randn(rank, base.in_features) / base.in_features ** 0.5, torch.zeros(base.out_features, rank)
@@ -49,7 +50,7 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         """(..., C_in) -> (..., C_out)"""
         update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-        return self.base(x) + update                                        # Eq. 2 with lambda = 1
+        return self.base(x) + self.lam * update                             # Eq. 2; lambda = 1 in training
 
 
 def add_lora(unet: UNet, rank):
@@ -60,6 +61,17 @@ def add_lora(unet: UNet, rank):
         layers[name] = LoRALinear(unet.get_submodule(name), rank)
         setattr(unet.get_submodule(parent), child, layers[name])
     return layers
+
+
+class LiveLoRA:
+    """Sets lambda while the update is still beside the weight: what a preview needs in the middle of training."""
+
+    def __init__(self, layers):
+        self.layers = layers
+
+    def set(self, lam):
+        for layer in self.layers:
+            layer.lam = lam
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,12 +136,15 @@ def class_ids(class_word):
     return ids
 
 
+def file_names(lora, v_star):
+    """name -> (A, B), and V*, become name in the file -> tensor."""
+    pairs = {f"unet.{name}.lora_{letter}.weight": x for name, pair in lora.items() for letter, x in zip("AB", pair)}
+    return {"v_star": v_star, **pairs}
+
+
 def save_subject(path, subject: Subject):
     """Subject -> safetensors file under PEFT's names. The file is complete or absent, even if the process is killed."""
-    tensors = {"v_star": subject.v_star.detach().float().cpu().contiguous()}
-    for name, (A, B) in subject.lora.items():
-        tensors[f"unet.{name}.lora_A.weight"] = A.detach().float().cpu().contiguous()
-        tensors[f"unet.{name}.lora_B.weight"] = B.detach().float().cpu().contiguous()
+    tensors = {name: x.detach().float().cpu().contiguous() for name, x in file_names(subject.lora, subject.v_star).items()}
     # lora_alpha = rank tells readers of PEFT files that lambda is the only scale.
     facts = {key: value for key, value in vars(subject).items() if key not in ("lora", "v_star")}
     facts |= {"lora_alpha": subject.rank, "settings": json.dumps(subject.settings)}
