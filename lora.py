@@ -79,11 +79,14 @@ class LiveLoRA:
 
 
 class MergedLoRA:
-    """Writes W_0 + lambda * B A into the UNet's own weights; between two calls the network is a plain one."""
+    """Writes W_0 + lambda * B A into the UNet's own weights; between two calls the network is a plain one.
 
-    def __init__(self, unet: UNet, subject: "Subject"):
-        self.layers = [(unet.get_submodule(name), A, B) for name, (A, B) in subject.lora.items()]
-        self.originals = [linear.weight.detach().clone() for linear, _, _ in self.layers]
+    Of several subjects, the updates B A are summed.
+    """
+
+    def __init__(self, unet: UNet, *subjects: "Subject"):
+        self.layers = [(unet.get_submodule(name), [s.lora[name] for s in subjects]) for name in subjects[0].lora]
+        self.originals = [linear.weight.detach().clone() for linear, _ in self.layers]
         self.lam = 0.0
 
     @torch.no_grad()
@@ -91,12 +94,12 @@ class MergedLoRA:
         """lambda = 0 restores the base bit for bit. Setting the value already set costs nothing."""
         if lam == self.lam:
             return
-        for (linear, A, B), W_0 in zip(self.layers, self.originals):
+        for (linear, pairs), W_0 in zip(self.layers, self.originals):
             if lam == 0:
                 linear.weight.copy_(W_0)
             else:
-                A, B = A.to(W_0.device), B.to(W_0.device)
-                linear.weight.copy_(W_0.float() + lam * (B @ A))            # Eq. 2
+                update = sum(B.to(W_0.device) @ A.to(W_0.device) for A, B in pairs)
+                linear.weight.copy_(W_0.float() + lam * update)             # Eq. 2
         self.lam = lam
 
 
@@ -118,10 +121,14 @@ class Subject:
     lora: dict = field(default_factory=dict)
     v_star: torch.Tensor = None
 
+    def tensors(self):
+        """What is learned, under the names that the file gives it (PEFT's)."""
+        pairs = {f"unet.{name}.lora_{letter}.weight": x for name, pair in self.lora.items() for letter, x in zip("AB", pair)}
+        return {"v_star": self.v_star, **pairs}
+
     def fingerprint(self):
         """16 hex digits that tell this subject's tensors from another's."""
-        tensors = [self.v_star, *(tensor for pair in self.lora.values() for tensor in pair)]
-        return hashlib.sha256(b"".join(t.detach().float().cpu().numpy().tobytes() for t in tensors)).hexdigest()[:16]
+        return hashlib.sha256(b"".join(t.detach().float().cpu().numpy().tobytes() for t in self.tensors().values())).hexdigest()[:16]
 
 
 def class_embedding(text_encoder, class_word):
@@ -136,15 +143,9 @@ def class_ids(class_word):
     return ids
 
 
-def file_names(lora, v_star):
-    """name -> (A, B), and V*, become name in the file -> tensor."""
-    pairs = {f"unet.{name}.lora_{letter}.weight": x for name, pair in lora.items() for letter, x in zip("AB", pair)}
-    return {"v_star": v_star, **pairs}
-
-
 def save_subject(path, subject: Subject):
     """Subject -> safetensors file under PEFT's names. The file is complete or absent, even if the process is killed."""
-    tensors = {name: x.detach().float().cpu().contiguous() for name, x in file_names(subject.lora, subject.v_star).items()}
+    tensors = {name: x.detach().float().cpu().contiguous() for name, x in subject.tensors().items()}
     # lora_alpha = rank tells readers of PEFT files that lambda is the only scale.
     facts = {key: value for key, value in vars(subject).items() if key not in ("lora", "v_star")}
     facts |= {"lora_alpha": subject.rank, "settings": json.dumps(subject.settings)}

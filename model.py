@@ -147,6 +147,10 @@ class BaseConfig:
     unet: UNetConfig = field(default_factory=UNetConfig)
     defaults: Defaults = field(default_factory=Defaults)
 
+    def size_multiple(self):
+        """Height and width in pixels have to be multiples of this: 8 for the VAE times 8 for the UNet's halvings."""
+        return 2 ** (len(self.vae.channel_mult) + len(self.unet.channel_mult) - 2)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise schedule
@@ -642,10 +646,6 @@ class Base:
     vae: VAE
     unet: UNet
     device: torch.device
-
-    def size_multiple(self):
-        """Height and width in pixels have to be multiples of this: 8 for the VAE times 8 for the UNet's halvings."""
-        return 2 ** (len(self.config.vae.channel_mult) + len(self.config.unet.channel_mult) - 2)
 
     @torch.no_grad()
     def decode(self, z, chunk=4):

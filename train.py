@@ -18,6 +18,7 @@ import shutil
 import signal
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -30,9 +31,9 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from data import check_placeholder, load_photos, load_prior, noise_sample, prior_sample, still_video, subject_sample
-from lora import LiveLoRA, Subject, add_lora, class_embedding, file_names, save_subject
-from model import (ROOT, TRAIN_STEPS, Z_CHANNELS, BadInput, Tokenizer, complete_or_absent, default_base, load_base, load_config, run_script)
-from sample import check_flags, ddim, fill_defaults, pick_precision, slug, two_step_schedule
+from lora import LiveLoRA, Subject, add_lora, class_embedding, save_subject
+from model import (ROOT, TRAIN_STEPS, BadInput, Tokenizer, complete_or_absent, default_base, load_base, load_config, run_script)
+from sample import check_flags, fill_defaults, generate, pick_precision, slug
 
 
 def main():
@@ -53,7 +54,7 @@ def main():
     # Load the base and the photos.
     precision = pick_precision(args.precision, device)
     base = load_base(args.base, device, getattr(torch, precision))
-    d = fill_defaults(args, base)
+    d = fill_defaults(args, base.config)
     photos = load_photos(folder, max(d.height, d.width))
     words = f"{args.placeholder} {d.class_word}"
     if rank == 0:
@@ -68,17 +69,18 @@ def main():
     torch.manual_seed(args.seed)  # the same LoRA on every process
     v_star = nn.Parameter(class_embedding(base.text_encoder, d.class_word))
     lora = add_lora(base.unet, d.rank)
-    trained = file_names({name: (layer.lora_A, layer.lora_B) for name, layer in lora.items()}, v_star)
-    params = list(trained.values())
+    subject = Subject(args.placeholder, d.class_word, d.rank, base.config.name, base.config.fingerprint, steps=0, v_star=v_star,
+                      lora={name: (layer.lora_A, layer.lora_B) for name, layer in lora.items()})
+    params = list(subject.tensors().values())
     optimizer = torch.optim.AdamW(params, lr=d.lr, weight_decay=d.weight_decay)
     base.unet.grad_checkpointing = args.grad_checkpointing
 
     # Go on from a save, if asked. Everything random follows from the number of a sample, so a run's state is short.
     B = d.batch_size
-    settings = {name: getattr(d, name) for name in ("rank", "lr", "weight_decay", "alpha", "frames", "height", "width", "fps")} | {
+    subject.settings = {name: getattr(d, name) for name in ("rank", "lr", "weight_decay", "alpha", "frames", "height", "width", "fps")} | {
         "clips_a_step": world * B * d.grad_accum, "seed": args.seed, "precision": precision, "images": str(folder),
         "photos": len(photos), "placeholder": args.placeholder, "class_word": d.class_word}
-    first = load_state(last_save, trained, optimizer, settings, d.train_steps) if last_save else 0
+    first = load_state(last_save, subject, optimizer, d.train_steps) if last_save else 0
 
     with stop_signals() as signals, Log(out / "log.jsonl", first, d.train_steps, rank) as log:
         for step in range(first + 1, d.train_steps + 1):
@@ -119,13 +121,11 @@ def main():
 
             # Log, look, save.
             log(step, loss=subject_loss, prior_loss=prior_loss, lr=d.lr)
+            subject.steps = step
             if rank == 0 and (step % d.save_every == 0 or step == d.train_steps or stop):
-                save(out, step, Subject(args.placeholder, d.class_word, d.rank, base.config.name, base.config.fingerprint, step,
-                                        settings=settings, v_star=v_star, lora={name: (layer.lora_A, layer.lora_B)
-                                                                                for name, layer in lora.items()}),
-                     optimizer, args.keep_last)
+                save(out, subject, optimizer, args.keep_last)
             if rank == 0 and d.preview_every and (step % d.preview_every == 0 or step == d.train_steps):
-                preview(out, step, base, d, words, tokenizer, v_star, LiveLoRA(lora.values()))
+                preview(out, step, base, d, subject, LiveLoRA(lora.values()))
             if stop:
                 break
 
@@ -183,18 +183,10 @@ def generate_prior(folder, caption, d, base, rank, world, frames, batch=8):
     folder.mkdir(parents=True, exist_ok=True)
     ending = "mp4" if frames > 1 else "png"
     missing = [k for k in range(d.num_prior) if not (folder / f"{k:04d}.{ending}").exists()]
-    tokens = Tokenizer()([caption, ""]).to(base.device)
-    with torch.no_grad():
-        context, uncond = base.text_encoder(tokens).split(1)
     mine, batch = missing[rank::world], max(1, batch // frames)
     for numbers in tqdm([mine[i:i + batch] for i in range(0, len(mine), batch)], desc="prior", unit="batch", disable=rank > 0):
-        generators = [torch.Generator().manual_seed(k) for k in numbers]
-        shape = (Z_CHANNELS, frames, d.height // 8, d.width // 8)
-        noise = lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(base.device)
-        fps = torch.full((len(numbers),), d.fps, device=base.device)
-        z_0 = ddim(base.unet, base.schedule, noise(), noise, context.expand(len(numbers), -1, -1), uncond, fps,
-                   d.steps, d.cfg, d.eta)
-        for k, video in zip(numbers, base.decode(z_0).numpy()):
+        videos = generate(base, [caption] * len(numbers), numbers, settings=replace(d, frames=frames)).numpy()
+        for k, video in zip(numbers, videos):
             with complete_or_absent(folder / f"{k:04d}.{ending}") as temporary:
                 if frames > 1:
                     iio.imwrite(temporary, video, plugin="FFMPEG", fps=d.save_fps, codec="libx264", quality=10, macro_block_size=1)
@@ -232,14 +224,15 @@ def newest_save(out):
     return max(out.glob("step-[0-9]*"), default=None)
 
 
-def save(out, step, subject, optimizer, keep_last):
+def save(out, subject, optimizer, keep_last):
     """OUT/step-N/ with the subject and the optimizer's state, complete or absent; OUT/subject.safetensors is the newest one."""
-    with complete_or_absent(out / f"step-{step:06d}") as folder:
+    save = out / f"step-{subject.steps:06d}"
+    with complete_or_absent(save) as folder:
         folder.mkdir()
         save_subject(folder / "subject.safetensors", subject)
-        torch.save({"step": step, "settings": subject.settings, "optimizer": optimizer.state_dict()}, folder / "state.pt")
+        torch.save({"step": subject.steps, "settings": subject.settings, "optimizer": optimizer.state_dict()}, folder / "state.pt")
     with complete_or_absent(out / "subject.safetensors") as temporary:
-        shutil.copyfile(out / f"step-{step:06d}" / "subject.safetensors", temporary)
+        shutil.copyfile(save / "subject.safetensors", temporary)
     for old in sorted(out.glob("step-[0-9]*"))[:-keep_last]:
         shutil.rmtree(old.rename(old.with_name(f".tmp-{os.getpid()}-{old.name}")))
 
@@ -250,21 +243,21 @@ def remove_leftovers(out):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def load_state(folder, trained, optimizer, settings, steps):
-    """Puts a save's numbers into the `trained` tensors and `optimizer`. Returns its step. Raises BadInput if it is another run's."""
+def load_state(folder, subject, optimizer, steps):
+    """Puts a save's numbers into `subject` and `optimizer`. Returns its step. Raises BadInput if it is another run's."""
     try:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         tensors = load_file(folder / "subject.safetensors")
     except Exception as error:  # pickle, zip, safetensors and the disk each raise their own
         raise BadInput(f"--resume {folder}: not a readable save ({error}); an older step-* folder may be") from None
-    for name, value in settings.items():
+    for name, value in subject.settings.items():
         if state["settings"].get(name) != value:
             flag = {"clips_a_step": "batch_size times --grad_accum times processes", "photos": "images"}.get(name, name)
             raise BadInput(f"--{flag}: is {value}, and was {state['settings'].get(name)} in the run that {folder} is from")
     if state["step"] >= steps:
         raise BadInput(f"--steps {steps}: {folder} has done {state['step']} already; ask for more to go on")
     with torch.no_grad():
-        for name, p in trained.items():
+        for name, p in subject.tensors().items():
             p.copy_(tensors[name])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]
@@ -325,26 +318,19 @@ class Log:
             self.file.close()
 
 
-@torch.no_grad()
-def preview(out, step, base, d, words, tokenizer, v_star, strength, seeds=(0, 1), width=96):
+def preview(out, step, base, d, subject, strength, seeds=(0, 1), width=96):
     """The default prompt with the same seeds at every call: previews/step-N.png, and all steps so far in preview.png.
 
     Too many steps freeze the motion; here a person sees it come, and can take an earlier save.
     """
-    prompt = d.prompt.replace("V* {class word}", words)
-    context, uncond = base.text_encoder(tokenizer([prompt, ""]).to(base.device), v_star).split(1)
-    shape = (Z_CHANNELS, d.frames, d.height // 8, d.width // 8)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise = lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(base.device)
-    z_0 = ddim(base.unet, base.schedule, noise(), noise, context.expand(len(seeds), -1, -1), uncond,
-               torch.full((len(seeds),), d.fps, device=base.device), d.steps, d.cfg, d.eta, strength,
-               two_step_schedule(d.lambda_s, d.lambda_l, d.K, d.steps))
+    prompt = d.prompt.replace("V* {class word}", f"{subject.placeholder} {subject.class_word}")
+    videos = generate(base, [prompt] * len(seeds), seeds, [subject], d, strength=strength).numpy()
     strength.set(1.0)
     size = (width, round(width * d.height / d.width))
     shown = np.linspace(0, d.frames - 1, 4).round().astype(int)
     row = Image.new("RGB", (4 * len(seeds) * width, size[1] + 12), "white")
     ImageDraw.Draw(row).text((2, 0), f"step {step}: {prompt}", fill="black")
-    for i, frame in enumerate(frame for video in base.decode(z_0).numpy() for frame in video[shown]):
+    for i, frame in enumerate(frame for video in videos for frame in video[shown]):
         row.paste(Image.fromarray(frame).resize(size), (i * width, 12))
     with complete_or_absent(out / "previews" / f"step-{step:06d}.png") as temporary:
         row.save(temporary)
