@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import (TRAIN_STEPS, BaseConfig, Defaults, NoiseSchedule, ScheduleConfig, TextConfig, Tokenizer, UNetConfig, VAEConfig,
@@ -187,7 +187,8 @@ class Run:
     def __init__(self, name, out, network, lr, steps, ema=0.998, save_every=200):
         self.path, self.network, self.lr, self.steps, self.save_every = out / f"{name}.pt", network, lr, steps, save_every
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema))
+        # Young averages look back on a ninth of their life, so that the random start is soon forgotten.
+        self.average = AveragedModel(network, avg_fn=lambda average, new, n: average + max(1 - ema, 9 / (10 + n)) * (new - average))
         self.step, self.log, self.start = 0, {}, time.time()
         if self.path.exists():
             state = torch.load(self.path, weights_only=True)
