@@ -41,12 +41,15 @@ class BadInput(Exception):
 
 
 def run_script(main):
-    """Run `main()`; a BadInput becomes one line on stderr and exit code 2."""
+    """Run `main()`; a BadInput becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     try:
         main()
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 @contextmanager

@@ -163,8 +163,7 @@ def main():
                 written += save_video(path, video, args.format, d.save_fps, job, pictures)
     if len(jobs) < len(prompts) * args.num and rank == 0:
         print(f"{len(prompts) * args.num - len(jobs)} of {len(prompts) * args.num} videos were there already")
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device != "cpu" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"peak memory {peak:.1f} GB")
+    print(f"peak memory {peak_memory():.1f} GB")
     print("wrote " + (" ".join(map(str, written)) or "nothing"))
 
 
@@ -271,6 +270,13 @@ def find_subjects(given, fingerprint):
         except (OSError, SafetensorError):
             continue
     raise BadInput("--subject: no subject of this base is under runs/; train one with train.py, name one, or say none")
+
+
+def peak_memory():
+    """The most memory that this process has held so far, in GB: the GPU's where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def random_seed(world):

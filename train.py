@@ -13,7 +13,6 @@ Shapes: B subject clips per process and as many prior clips, T frames, L text to
 import argparse
 import json
 import os
-import resource
 import shutil
 import signal
 import time
@@ -33,7 +32,7 @@ from tqdm import tqdm
 from data import check_placeholder, load_photos, load_prior, noise_sample, prior_sample, still_video, subject_sample
 from lora import LiveLoRA, Subject, add_lora, class_embedding, save_subject
 from model import (ROOT, TRAIN_STEPS, BadInput, Tokenizer, complete_or_absent, default_base, load_base, load_config, run_script)
-from sample import check_flags, fill_defaults, generate, pick_precision, slug
+from sample import check_flags, fill_defaults, generate, peak_memory, pick_precision, slug
 
 
 def main():
@@ -207,6 +206,10 @@ def pick_run(args, photos):
         if args.resume != "latest":
             out = Path(args.resume)
             out, chosen = (out.parent, out) if (out / "state.pt").exists() else (out, newest_save(out))
+            if args.out and args.out != out and not newest_save(args.out):
+                out = args.out  # a new branch of an old run
+            elif chosen != newest_save(out):
+                raise BadInput(f"--resume {chosen}: {out} has newer saves; name a new --out for a branch from here")
         else:
             outs = [args.out] if args.out else [default, *default.parent.glob(f"{default.name}-[0-9]*")]
             out = max(outs, key=lambda o: newest_save(o).stat().st_mtime if newest_save(o) else 0)
@@ -303,8 +306,8 @@ class Log:
         if self.rank > 0:
             return
         seconds, self.time = time.time() - self.time, time.time()
-        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        self.file.write(json.dumps({"step": step, **numbers, "seconds": round(seconds, 3), "memory": round(memory / 2**30, 2)}) + "\n")
+        line = {"step": step, **numbers, "seconds": round(seconds, 3), "memory": round(peak_memory(), 2)}
+        self.file.write(json.dumps(line) + "\n")
         self.mean = numbers["loss"] if self.mean is None else 0.95 * self.mean + 0.05 * numbers["loss"]
         self.bar.set_postfix(loss=f"{self.mean:.4f}", refresh=False)
         self.bar.update()

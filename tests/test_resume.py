@@ -139,6 +139,15 @@ def test_accumulation_and_two_nodes_equal_one_process(base_folder, photos_folder
             assert torch.allclose(one[name], other[name], atol=1e-5), name
 
 
+def test_a_branch_from_an_older_save(start, tmp_path):
+    common = ["--alpha", 0, "--save_every", 2]
+    assert wait(start(*common, "--steps", 6, "--out", "out")) == 0
+    assert wait(start(*common, "--steps", 8, "--resume", "out/step-000002")) == 2
+    assert "out has newer saves" in (tmp_path / "output").read_text()
+    assert wait(start(*common, "--steps", 6, "--resume", "out/step-000002", "--out", "branch")) == 0
+    assert equal(tmp_path / "out", tmp_path / "branch")
+
+
 def test_a_finished_run_is_not_written_over(start, base, tmp_path, photos_folder):
     name = photos_folder.name
     assert wait(start("--steps", 1)) == 0 and wait(start("--steps", 1, "--seed", 1)) == 0
