@@ -122,6 +122,7 @@ def train_unet(args, images=64, clips=16, lr=2e-3):
     scenes, latents = draw_scenes(len(data["latents"])), data["latents"].float() * data["factor"]
     schedule, tokenizer = NoiseSchedule(CONFIG.schedule), Tokenizer()
     networks = torch.nn.ModuleDict({part: build_part(part, CONFIG) for part in ("unet", "text_encoder")}).to(args.device)
+    networks.eval()  # no dropout: there is more data than so small a network can learn by heart
     run = Run("unet", args.out, networks, lr, args.image_steps + args.clip_steps)
     # Where little but noise is left to see, the plain loss is near 0 whatever the layout and the motion. This weight makes it
     # the loss of v-prediction (Salimans and Ho 2022, Sec. 4), which is about the same at every noise level; the bound keeps
@@ -137,9 +138,9 @@ def train_unet(args, images=64, clips=16, lr=2e-3):
             z_0 = z_0[torch.arange(len(which)), :, torch.from_numpy(rng.integers(FRAMES, size=len(which)))][:, :, None]
         texts = [caption(replace(scenes[k], direction="") if single else scenes[k], rng) for k in which]
         fps = torch.tensor([scenes[k].fps for k in which], device=args.device)
-        # Most noise levels are drawn from the noisiest 40%: layout and motion are decided there.
+        # Two noise levels in three are drawn from the noisiest 30%: layout and motion are decided there.
         t = rng.integers(TRAIN_STEPS, size=len(which))
-        t = torch.from_numpy(np.where(rng.random(len(which)) < 0.4, t, 6 * TRAIN_STEPS // 10 + 4 * t // 10))
+        t = torch.from_numpy(np.where(rng.random(len(which)) < 1 / 3, t, 7 * TRAIN_STEPS // 10 + 3 * t // 10))
         z_0, t = z_0.to(args.device), t.to(args.device)
         eps = torch.randn_like(z_0)
         context = networks["text_encoder"](tokenizer(texts).to(args.device))
