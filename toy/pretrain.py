@@ -48,6 +48,7 @@ def main():
     p.add_argument("--vae_steps", type=int, default=4400, help="steps of 16 pictures")
     p.add_argument("--image_steps", type=int, default=1000, help="first steps of the UNet, on 64 single frames each")
     p.add_argument("--clip_steps", type=int, default=3200, help="further steps of the UNet, on 16 clips each")
+    p.add_argument("--one_way_steps", type=int, default=400, help="as many of the first clip_steps see only clips that move left")
     p.add_argument("--clips", type=int, default=6000, help="clips that are drawn and encoded once")
     args = p.parse_args()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -120,6 +121,9 @@ def train_unet(args, images=64, clips=16, lr=2e-3):
     torch.manual_seed(0)
     data = load_file(args.out / "latents.safetensors")
     scenes, latents = draw_scenes(len(data["latents"])), data["latents"].float() * data["factor"]
+    # With four ways from the start, which way a word means is learned only after what a frame's place in the clip means, and
+    # neither shows in the loss without the other. With one way the second comes alone, and the first soon after.
+    everything, left = np.arange(len(scenes)), np.flatnonzero([scene.direction == "left" for scene in scenes])
     schedule, tokenizer = NoiseSchedule(CONFIG.schedule), Tokenizer()
     networks = torch.nn.ModuleDict({part: build_part(part, CONFIG) for part in ("unet", "text_encoder")}).to(args.device)
     networks.eval()  # no dropout: there is more data than so small a network can learn by heart
@@ -132,7 +136,8 @@ def train_unet(args, images=64, clips=16, lr=2e-3):
     while run.step < run.steps:
         rng = np.random.default_rng((4, run.step))
         single = run.step < args.image_steps or run.step % 8 == 0
-        which = rng.integers(len(scenes), size=images if single else clips)
+        pool = left if 0 <= run.step - args.image_steps < args.one_way_steps else everything
+        which = rng.choice(pool, size=images if single else clips)
         z_0 = latents[which].transpose(1, 2)                                            # (B, 4, T, 8, 8)
         if single:
             z_0 = z_0[torch.arange(len(which)), :, torch.from_numpy(rng.integers(FRAMES, size=len(which)))][:, :, None]
