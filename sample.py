@@ -152,7 +152,7 @@ def main():
                     seen[f"step {i + 1}, lambda {lambdas[i]:g}"] = base.decode(z_0).numpy()
 
             for label, (who, strengths) in variants.items():
-                texts = [job["prompt"] if who else without_placeholders(job["prompt"], subjects) for _, job in batch]
+                texts = [job["prompt"] if who else without_placeholders(job["prompt"], [s.placeholder for s in subjects]) for _, job in batch]
                 videos[label] = generate(base, texts, [job["seed"] for _, job in batch], who, d, strengths, args.negative_prompt,
                                          look).numpy()
             for b, (path, job) in enumerate(batch):
@@ -322,10 +322,10 @@ def read_prompts(args, d, subjects):
     return prompts
 
 
-def without_placeholders(prompt, subjects):
+def without_placeholders(prompt, placeholders):
     """What the base is asked in place of the subjects: "a V* dog" -> "a dog"."""
-    for s in subjects:
-        prompt = prompt.replace(f"{s.placeholder} ", "")
+    for word in placeholders:
+        prompt = prompt.replace(f"{word} ", "")
     return prompt
 
 
