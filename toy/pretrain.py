@@ -127,7 +127,11 @@ def train_unet(args, images=64, clips=16, lr=2e-3):
     schedule, tokenizer = NoiseSchedule(CONFIG.schedule), Tokenizer()
     networks = torch.nn.ModuleDict({part: build_part(part, CONFIG) for part in ("unet", "text_encoder")}).to(args.device)
     networks.eval()  # no dropout: there is more data than so small a network can learn by heart
-    run = Run("unet", args.out, networks, lr, args.image_steps + args.clip_steps)
+    # Words have to outweigh what a narrow tower's own layers add to them, and the tower has to learn slowly: or it soon says
+    # nothing but what the single frames need, and the directions, which come later, are never heard.
+    torch.nn.init.normal_(networks["text_encoder"].token_embedding.weight, std=0.5)
+    torch.nn.init.normal_(networks["text_encoder"].positional_embedding, std=0.2)
+    run = Run("unet", args.out, networks, lr, args.image_steps + args.clip_steps, slow=networks["text_encoder"])
     # Where little but noise is left to see, the plain loss is near 0 whatever the layout and the motion. This weight makes it
     # the loss of v-prediction (Salimans and Ho 2022, Sec. 4), which is about the same at every noise level; the bound keeps
     # the last few levels, where nothing is left to see at all, from outweighing the rest.
@@ -190,9 +194,12 @@ def load_average(stage, args, network=None):
 class Run:
     """One resumable training run: optimizer, warm-up and cosine decay, moving average of the weights, saves, log lines."""
 
-    def __init__(self, name, out, network, lr, steps, ema=0.998, save_every=200):
+    def __init__(self, name, out, network, lr, steps, slow=None, ema=0.998, save_every=200):
         self.path, self.network, self.lr, self.steps, self.save_every = out / f"{name}.pt", network, lr, steps, save_every
-        self.optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+        slow = set(slow.parameters()) if slow else set()  # a part of the network that learns at a tenth of the rate
+        self.optimizer = torch.optim.AdamW([{"params": [p for p in network.parameters() if p not in slow], "scale": 1.0},
+                                            {"params": [p for p in network.parameters() if p in slow], "scale": 0.1}],
+                                           lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
         # Young averages look back on a ninth of their life, so that the random start is soon forgotten.
         self.average = AveragedModel(network, avg_fn=lambda average, new, n: average + max(1 - ema, 9 / (10 + n)) * (new - average))
         self.step, self.log, self.start = 0, {}, time.time()
@@ -208,7 +215,7 @@ class Run:
         """One optimizer step on a scalar loss; metrics are averaged into the next log line."""
         lr = self.lr * min(1, (self.step + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * self.step / self.steps))
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
