@@ -8,8 +8,10 @@ Shapes: frames (3, H, W) in [-1, 1]; still videos in latents (B, 4, T, h, w).
 import re
 import sys
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -19,6 +21,7 @@ from model import BadInput
 # "{}" is "V* dog". Custom Diffusion uses one such template; a few keep V* from binding to the words around it.
 TEMPLATES = ("a {}", "a photo of a {}", "a picture of a {}")
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+VIDEOS = {".mp4", ".webm", ".avi", ".mov", ".mkv"}
 
 
 @dataclass
@@ -28,24 +31,53 @@ class Photo:
     caption: str          # from NAME.txt beside it; empty: take a template
 
 
-def load_photos(folder, shortest, flag="--images"):
-    """Folder -> list of Photo, in the order of their names, none shorter on its short side than it has to be.
+def load_photos(folder, shortest):
+    """Folder -> list of Photo, in the order of their names.
 
     `shortest`: pictures larger than twice this many pixels on their short side are shrunk once, here. Unreadable files
     are reported and left out. Raises BadInput if the folder is missing or no picture is left.
     """
-    folder = Path(folder)
+    found = read_folder(folder, PICTURES, lambda path: load_picture(path, shortest), "--images", "4 to 6 photos of the subject")
+    return [Photo(path, image, read_caption(path.with_suffix(".txt"))) for path, image in found]
+
+
+def load_prior(folder, count, frames, height, width):
+    """Folder -> the first `count` pictures and videos of the class, as a list of (video (1 or T, 3, H, W) in [-1, 1], caption).
+
+    Of a video the first T = `frames` frames are taken; a shorter one is reported and left out, as is an unreadable file.
+    The caption is from NAME.txt beside NAME.mp4, or empty. Raises BadInput if the folder is missing or nothing is left.
+    """
+    def load(path):
+        images = load_video(path, frames) if path.suffix.lower() in VIDEOS else [load_picture(path, max(height, width))]
+        return torch.stack([crop(image, height, width) for image in images])
+
+    found = read_folder(folder, PICTURES | VIDEOS, load, "--prior", "pictures or videos of the class", count)
+    return [(video, read_caption(path.with_suffix(".txt"))) for path, video in found]
+
+
+def read_folder(folder, endings, read, flag, content, count=None):
+    """The first `count` files that `read` can read -> list of (path, what it returned). The others get a warning each."""
+    folder, found = Path(folder), []
     if not folder.is_dir():
-        raise BadInput(f"{flag} {folder}: no such folder; it should hold 4 to 6 photos of the subject")
-    photos = []
-    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES):
+        raise BadInput(f"{flag} {folder}: no such folder; it should hold {content}")
+    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in endings and not p.name.startswith(".")):
         try:
-            photos.append(Photo(path, load_picture(path, shortest), read_caption(path.with_suffix(".txt"))))
+            found.append((path, read(path)))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            print(f"warning: {path}: not a readable picture ({error}); left out", file=sys.stderr)
-    if not photos:
-        raise BadInput(f"{flag} {folder}: holds no readable picture ({', '.join(sorted(PICTURES))})")
-    return photos
+            print(f"warning: {path}: not readable ({error}); left out", file=sys.stderr)
+        if len(found) == count:
+            break
+    if not found:
+        raise BadInput(f"{flag} {folder}: holds no readable file ({', '.join(sorted(endings))}); it should hold {content}")
+    return found
+
+
+def load_video(path, frames):
+    """Video file -> its first `frames` frames as RGB images. Raises ValueError if it has fewer."""
+    images = [Image.fromarray(frame) for frame in islice(iio.imiter(path, plugin="FFMPEG"), frames)]
+    if len(images) < frames:
+        raise ValueError(f"has {len(images)} frames, and {frames} are needed")
+    return images
 
 
 def load_picture(path, shortest):

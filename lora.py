@@ -40,6 +40,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, rank):
         super().__init__()
         self.base = base
+        self.lam = 1.0
         # A and B stay in float32 whatever the frozen weights are in: their steps are too small for bfloat16.
         # Hu et al. 2021: A is Gaussian and B zero, so that step 0 computes the base exactly.
         A, B = torch.randn(rank, base.in_features) / base.in_features ** 0.5, torch.zeros(base.out_features, rank)
@@ -49,7 +50,7 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         """(..., C_in) -> (..., C_out)"""
         update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-        return self.base(x) + update                                        # Eq. 2 with lambda = 1
+        return self.base(x) + self.lam * update                             # Eq. 2; lambda = 1 in training
 
 
 def add_lora(unet: UNet, rank):
@@ -62,16 +63,30 @@ def add_lora(unet: UNet, rank):
     return layers
 
 
+class LiveLoRA:
+    """Sets lambda while the update is still beside the weight: what a preview needs in the middle of training."""
+
+    def __init__(self, layers):
+        self.layers = layers
+
+    def set(self, lam):
+        for layer in self.layers:
+            layer.lam = lam
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling: the update in the weight
 
 
 class MergedLoRA:
-    """Writes W_0 + lambda * B A into the UNet's own weights; between two calls the network is a plain one."""
+    """Writes W_0 + lambda * B A into the UNet's own weights; between two calls the network is a plain one.
 
-    def __init__(self, unet: UNet, subject: "Subject"):
-        self.layers = [(unet.get_submodule(name), A, B) for name, (A, B) in subject.lora.items()]
-        self.originals = [linear.weight.detach().clone() for linear, _, _ in self.layers]
+    Of several subjects, the updates B A are summed.
+    """
+
+    def __init__(self, unet: UNet, *subjects: "Subject"):
+        self.layers = [(unet.get_submodule(name), [s.lora[name] for s in subjects]) for name in subjects[0].lora]
+        self.originals = [linear.weight.detach().clone() for linear, _ in self.layers]
         self.lam = 0.0
 
     @torch.no_grad()
@@ -79,12 +94,12 @@ class MergedLoRA:
         """lambda = 0 restores the base bit for bit. Setting the value already set costs nothing."""
         if lam == self.lam:
             return
-        for (linear, A, B), W_0 in zip(self.layers, self.originals):
+        for (linear, pairs), W_0 in zip(self.layers, self.originals):
             if lam == 0:
                 linear.weight.copy_(W_0)
             else:
-                A, B = A.to(W_0.device), B.to(W_0.device)
-                linear.weight.copy_(W_0.float() + lam * (B @ A))            # Eq. 2
+                update = sum(B.to(W_0.device) @ A.to(W_0.device) for A, B in pairs)
+                linear.weight.copy_(W_0.float() + lam * update)             # Eq. 2
         self.lam = lam
 
 
@@ -106,10 +121,14 @@ class Subject:
     lora: dict = field(default_factory=dict)
     v_star: torch.Tensor = None
 
+    def tensors(self):
+        """What is learned, under the names that the file gives it (PEFT's)."""
+        pairs = {f"unet.{name}.lora_{letter}.weight": x for name, pair in self.lora.items() for letter, x in zip("AB", pair)}
+        return {"v_star": self.v_star, **pairs}
+
     def fingerprint(self):
         """16 hex digits that tell this subject's tensors from another's."""
-        tensors = [self.v_star, *(tensor for pair in self.lora.values() for tensor in pair)]
-        return hashlib.sha256(b"".join(t.detach().float().cpu().numpy().tobytes() for t in tensors)).hexdigest()[:16]
+        return hashlib.sha256(b"".join(t.detach().float().cpu().numpy().tobytes() for t in self.tensors().values())).hexdigest()[:16]
 
 
 def class_embedding(text_encoder, class_word):
@@ -126,10 +145,7 @@ def class_ids(class_word):
 
 def save_subject(path, subject: Subject):
     """Subject -> safetensors file under PEFT's names. The file is complete or absent, even if the process is killed."""
-    tensors = {"v_star": subject.v_star.detach().float().cpu().contiguous()}
-    for name, (A, B) in subject.lora.items():
-        tensors[f"unet.{name}.lora_A.weight"] = A.detach().float().cpu().contiguous()
-        tensors[f"unet.{name}.lora_B.weight"] = B.detach().float().cpu().contiguous()
+    tensors = {name: x.detach().float().cpu().contiguous() for name, x in subject.tensors().items()}
     # lora_alpha = rank tells readers of PEFT files that lambda is the only scale.
     facts = {key: value for key, value in vars(subject).items() if key not in ("lora", "v_star")}
     facts |= {"lora_alpha": subject.rank, "settings": json.dumps(subject.settings)}

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -40,19 +41,23 @@ class BadInput(Exception):
 
 
 def run_script(main):
-    """Run `main()`; a BadInput becomes one line on stderr and exit code 2."""
+    """Run `main()`; a BadInput becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     try:
         main()
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 @contextmanager
 def complete_or_absent(path):
     """Gives a temporary path in the same folder, which takes the place of `path` when the block ends without an error.
 
-    So a reader finds the old file or the new one, never half of one, even if the process is killed.
+    So a reader finds the old file or the new one, never half of one, even if the process is killed. The block may make a
+    folder instead, where none was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
@@ -60,6 +65,8 @@ def complete_or_absent(path):
         yield temporary
         os.replace(temporary, path)
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
 
 
@@ -124,8 +131,11 @@ class Defaults:
     weight_decay: float = 1e-2
     train_steps: int = 10_000
     batch_size: int = 1      # ours: subject clips per process, each with one prior clip
+    grad_accum: int = 1
     alpha: float = 1.0
     num_prior: int = 200
+    save_every: int = 500    # ours, as the next one
+    preview_every: int = 1000
     photos: str = "toy/subjects/ember"  # train.py's subject where --images is left out, relative to the repository
     class_word: str = "star"
 
@@ -139,6 +149,10 @@ class BaseConfig:
     vae: VAEConfig = field(default_factory=VAEConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     defaults: Defaults = field(default_factory=Defaults)
+
+    def size_multiple(self):
+        """Height and width in pixels have to be multiples of this: 8 for the VAE times 8 for the UNet's halvings."""
+        return 2 ** (len(self.vae.channel_mult) + len(self.unet.channel_mult) - 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -635,10 +649,6 @@ class Base:
     vae: VAE
     unet: UNet
     device: torch.device
-
-    def size_multiple(self):
-        """Height and width in pixels have to be multiples of this: 8 for the VAE times 8 for the UNet's halvings."""
-        return 2 ** (len(self.config.vae.channel_mult) + len(self.config.unet.channel_mult) - 2)
 
     @torch.no_grad()
     def decode(self, z, chunk=4):

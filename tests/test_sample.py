@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import run
+from conftest import ROOT, run
 from lora import MergedLoRA, save_subject
 from model import NoiseSchedule, ScheduleConfig
-from sample import ddim, ddim_steps, two_step_schedule
+from sample import ddim, ddim_steps, parse_lambdas, two_step_schedule
 from test_lora import random_subject
 
 
@@ -106,7 +106,27 @@ def test_weights_change_only_at_the_switch(base, monkeypatch):
 # The command line
 
 
-def test_command_line(base, base_folder, tmp_path):
+@pytest.fixture()
+def call(monkeypatch, tmp_path, capsys):
+    """Runs sample.py in this process, in tmp_path -> what it wrote to stdout and stderr."""
+    import sample as script
+    from model import run_script
+
+    def call(*flags, code=0):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", ["sample.py", *map(str, flags)])
+        capsys.readouterr()
+        if code:
+            with pytest.raises(SystemExit) as caught:
+                run_script(script.main)
+            assert caught.value.code == code
+        else:
+            script.main()
+        return capsys.readouterr()
+    return call
+
+
+def test_command_line(base, base_folder, tmp_path, call):
     save_subject(tmp_path / "runs" / "dog" / "subject.safetensors", random_subject(base))
     flags = ["--base", base_folder, "--lambda_s", 0.4, "--lambda_l", 0.8, "--K", 2, "--seed", 3]
     first = run("sample.py", *flags, "--num", 2, cwd=tmp_path)
@@ -122,22 +142,111 @@ def test_command_line(base, base_folder, tmp_path):
     facts = json.loads((tmp_path / "outputs" / f"{stem}-3.json").read_text())
     assert facts["seed"] == 3 and facts["lambda_s"] == 0.4 and facts["K"] == 2 and facts["base_fingerprint"] == base.config.fingerprint
 
-    # The same seed gives the same video, whatever else the command makes; nothing existing is overwritten.
-    second = run("sample.py", "--base", base_folder, "--K", 2, "--seed", 4, cwd=tmp_path)
-    assert second.returncode == 0, second.stderr
-    assert np.array_equal(iio.imread(tmp_path / "outputs" / f"{stem}-4.gif"), iio.imread(tmp_path / "outputs" / f"{stem}-4-2.gif"))
+    # The same command again makes only what is missing; another setting overwrites nothing; a seed gives the same video.
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "outputs").iterdir()}
+    again = call(*flags, "--num", 3)
+    assert "2 of 3 videos were there already" in again.out and again.out.splitlines()[-1].count(".json") == 1
+    call(*flags, "--save_fps", 9)
+    assert np.array_equal(iio.imread(tmp_path / "outputs" / f"{stem}-3.gif"), iio.imread(tmp_path / "outputs" / f"{stem}-3-2.gif"))
+    assert all(p.stat().st_mtime_ns == time for p, time in before.items())
 
 
 @pytest.mark.parametrize("flags, says", [
     (["--steps", 0], "--steps 0"), (["--K", 9], "--K 9"), (["--height", 33], "--height 33"), (["--subject", "nowhere"], "nowhere"),
-    (["--base", "nowhere"], "nowhere/config.json"), (["--cfg", -1], "--cfg"), (["--subject", "none", "--prompt", ""], "--prompt")])
-def test_bad_flags_are_one_line_and_exit_code_2(base_folder, tmp_path, flags, says, monkeypatch, capsys):
-    import sample as script
-    from model import run_script
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["sample.py", "--base", str(base_folder), "--subject", "none", *map(str, flags)])
-    with pytest.raises(SystemExit) as caught:
-        run_script(script.main)
-    err = capsys.readouterr().err
-    assert caught.value.code == 2 and err.count("\n") == 1 and says in err
-    assert not list(tmp_path.iterdir())
+    (["--base", "nowhere"], "nowhere/config.json"), (["--cfg", -1], "--cfg"), (["--prompt", ""], "--prompt"),
+    (["--lambdas", "0.4*2,0.8"], '--lambdas: "0.8"'), (["--lambdas", "0.4*2,0.8*1"], "has 3 steps"),
+    (["--lambdas", "0.4*4", "--K", 1], "--lambdas"), (["--prompt", "a", "--prompts", "b"], "--prompts"),
+    (["--prompts", "b"], "--prompts b"), (["--compare", "--prompt", "a"], "--compare")])
+def test_bad_flags_are_one_line_and_exit_code_2(base_folder, tmp_path, flags, says, call):
+    none = [] if "--subject" in flags else ["--subject", "none"]
+    err = call("--base", base_folder, *none, *flags, code=2).err
+    assert err.count("\n") == 1 and says in err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_lambda_schedules():
+    assert parse_lambdas("0.4*5,0.8*45", 50) == two_step_schedule(0.4, 0.8, 5, 50)
+    assert parse_lambdas("0*1, 0.4>0.8*5 ,1*1", 7) == [0, 0.4, 0.5, 0.6, 0.7, 0.8, 1]
+
+
+def test_schedule_flag_equals_the_three(base, base_folder, tmp_path, call):
+    save_subject(tmp_path / "dog.safetensors", random_subject(base))
+    flags = ["--base", base_folder, "--subject", "dog.safetensors", "--seed", 0, "--format", "png", "--out"]
+    call(*flags, "a", "--lambda_s", 0.4, "--lambda_l", 0.8, "--K", 1)
+    call(*flags, "b", "--lambdas", "0.4*1,0.8*3")
+    call(*flags, "c", "--lambdas", "0.4*2,0.8*2")
+    a, b, c = (iio.imread(next((tmp_path / out).glob("*.png"))) for out in "abc")
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+def test_compare_and_process(base, base_folder, tmp_path, call):
+    save_subject(tmp_path / "dog.safetensors", random_subject(base))
+    flags = ["--base", base_folder, "--subject", "dog.safetensors", "--seed", 0, "--format", "png", "gif"]
+    call(*flags, "--out", "both", "--prompt", "a V* dog", "--compare", "--show_process", "--lambda_s", 0.4, "--lambda_l", 0.8, "--K", 2)
+    names = sorted(p.name for p in (tmp_path / "both").iterdir())
+    assert names == [f"a-v-dog-0{end}" for end in ("-frames.png", "-process.png", ".gif", ".json", ".png")]
+    video = iio.imread(tmp_path / "both" / "a-v-dog-0.gif")
+    assert video.shape == (3, 3 * 32 + 14, 3 * 144, 3)
+    frames = iio.imread(tmp_path / "both" / "a-v-dog-0-frames.png")
+    assert frames.shape[1] == 3 * 144 and frames.shape[0] % 3 == 0
+
+
+def test_prompts_file_and_shared_work(base, base_folder, tmp_path, call):
+    save_subject(tmp_path / "dog.safetensors", random_subject(base))
+    (tmp_path / "prompts.txt").write_bytes("\ufeff# two prompts\r\na V* dog on the grass\r\n\r\na V* dog ../../etc\r\n".encode())
+    flags = ["--base", base_folder, "--subject", "dog.safetensors", "--prompts", "prompts.txt", "--num_videos", 3, "--batch_size", 2,
+             "--format", "png", "--out"]
+    call(*flags, "one", "--seed", 7)
+    done = run("sample.py", *flags, "two", "--seed", 7, cwd=tmp_path,
+               launcher=("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29541"))
+    assert done.returncode == 0, done.stderr
+    one, two = ({p.name: p for p in (tmp_path / out).glob("*.png")} for out in ("one", "two"))
+    assert one.keys() == two.keys() and len(one) == 6 and "001-a-v-dog-etc-9.png" in one
+    assert all(one[name].read_bytes() == two[name].read_bytes() for name in one)
+
+
+def test_several_subjects(base, base_folder, tmp_path, call):
+    """Both updates and both words: at zero strength of the updates, both words still count."""
+    from dataclasses import replace
+    dog, cat = random_subject(base), replace(random_subject(base), placeholder="<cat>", class_word="cat")
+    save_subject(tmp_path / "dog.safetensors", dog)
+    save_subject(tmp_path / "cat.safetensors", cat)
+    both = MergedLoRA(base.unet, dog, cat)
+    name = next(iter(dog.lora))
+    W = base.unet.get_submodule(name).weight
+    W_0, update = W.clone(), sum(B @ A for A, B in (dog.lora[name], cat.lora[name]))
+    both.set(0.5)
+    assert torch.allclose(W, W_0 + 0.5 * update, atol=1e-6)
+    both.set(0)
+    assert torch.equal(W, W_0)
+    flags = ["--base", base_folder, "--subject", "dog.safetensors", "--seed", 0, "--format", "png"]
+    call(*flags, "--subject", "cat.safetensors", "--out", "both")
+    facts = json.loads(next((tmp_path / "both").glob("*.json")).read_text())
+    assert facts["prompt"] == "a V* dog and a <cat> cat running on the grass" and len(facts["subjects"]) == 2
+    assert "share the placeholder V*" in call(*flags, "--subject", "dog.safetensors", code=2).err
+
+
+def test_long_and_poor_prompts(base, base_folder, tmp_path, call):
+    save_subject(tmp_path / "dog.safetensors", random_subject(base))
+    flags = ["--base", base_folder, "--subject", "dog.safetensors", "--seed", 0, "--format", "png", "--prompt"]
+    err = call(*flags, "a V* dog " + "on " * 80 + "grass").err
+    assert "dropped" in err and "grass" in err
+    assert "V* comes after the 75 tokens" in call(*flags, "on " * 80 + "V* dog", code=2).err
+    assert "V* is not in it" in call(*flags, "a dog").err
+    call(*flags, "a V* dog", "--negative_prompt", "blurred", "--out", "negative")
+    call(*flags, "a V* dog", "--out", "plain")
+    a, b = (iio.imread(next((tmp_path / out).glob("*.png"))) for out in ("negative", "plain"))
+    assert not np.array_equal(a, b)
+
+
+def test_from_a_notebook(base, base_folder, tmp_path):
+    save_subject(tmp_path / "dog.safetensors", random_subject(base))
+    code = readme_block("From a notebook").replace("toy/base", str(base_folder)).replace("toy/subject.safetensors", str(tmp_path / "dog.safetensors"))
+    names = {}
+    exec(code, names)
+    assert names["video"].shape == (1, 3, 32, 48, 3) and names["video"].dtype == torch.uint8
+
+
+def readme_block(heading):
+    """The first python block of the README's section."""
+    return (ROOT / "README.md").read_text().split(f"## {heading}")[1].split("```python\n")[1].split("```")[0]

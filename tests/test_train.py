@@ -20,7 +20,7 @@ def test_train_then_sample(base_folder, photos_folder, tmp_path):
     assert "tiny0" in lines[0] and "3 photos of V* dog" in lines[0] and lines[-1] == f"wrote {out}"
     base = load_base(base_folder)
     subject = load_subject(tmp_path / out, base)
-    assert subject.steps == 3 and subject.settings["batch_size"] == 2
+    assert subject.steps == 3 and subject.settings["clips_a_step"] == 2
     assert all(B.abs().sum() > 0 for _, B in subject.lora.values())
     assert len(list((tmp_path / "runs" / "prior").glob("*/*.png"))) == 2                # --num_prior of this base
     done = run("sample.py", "--base", base_folder, cwd=tmp_path)

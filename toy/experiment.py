@@ -20,9 +20,9 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from lora import MergedLoRA, load_subject
-from model import ROOT, Z_CHANNELS, BadInput, Tokenizer, complete_or_absent, load_base, run_script
-from sample import ddim, ddim_steps, find_subject, two_step_schedule
+from lora import load_subject
+from model import ROOT, BadInput, Tokenizer, complete_or_absent, load_base, run_script
+from sample import ddim_steps, find_subjects, generate, two_step_schedule
 from toy.world import (DIRECTIONS, GROUNDS, SPEED, SUBJECTS, caption, class_or_subject, draw_clip, draw_photos, likeness, measure,
                        random_scene)
 
@@ -80,7 +80,7 @@ def measure_decision(args, base):
 
 def measure_claim(args, base):
     """Motion, composition and likeness of a learned subject at every lambda schedule; the base as reference."""
-    path = find_subject(args.subject, base.config.fingerprint)
+    path, = find_subjects([args.subject] if args.subject else [], base.config.fingerprint)
     subject = load_subject(path, base)
     name = Path(subject.settings["images"]).name
     if name not in SUBJECTS:
@@ -94,8 +94,8 @@ def measure_claim(args, base):
     for row, schedule in {"base, class word": None, **SCHEDULES}.items():
         words = f"{subject.placeholder} {subject.class_word}" if schedule else subject.class_word
         prompts = [text.format(words, scene.direction, scene.ground) for scene in scenes]
-        clips = sample_clips(base, prompts, subject=subject if schedule else None,
-                             lambdas=two_step_schedule(*schedule, d.steps) if schedule else None)
+        how = dict(subjects=[subject], lambdas=two_step_schedule(*schedule, d.steps)) if schedule else {}
+        clips = sample_clips(base, prompts, **how)
         rows[row] = against(scenes, [measure(clip, d.fps, class_or_subject(name)) for clip in clips], ("direction", "ground"))
         rows[row]["likeness"] = [likeness(clip, name) for clip in clips]
         sheet += list(clips[:2])
@@ -123,29 +123,20 @@ def against(scenes, seen, names):
 
 
 @torch.no_grad()
-def sample_clips(base, prompts, later_prompts=None, k=None, subject=None, lambdas=None, batch=32):
-    """One prompt a clip -> (N, T, H, W, 3) uint8 numpy, at the base's default settings. Clip n has seed n.
+def sample_clips(base, prompts, later_prompts=None, k=None, batch=32, **how):
+    """One prompt a clip -> (N, T, H, W, 3) uint8 numpy, by `generate` of sample.py with `how`. Clip n has seed n.
 
     With `later_prompts` the text is exchanged after k steps.
     """
-    d, tokenizer, clips = base.config.defaults, Tokenizer([subject.placeholder] if subject else []), []
-    strength = MergedLoRA(base.unet, subject) if subject else None
-    shape = (Z_CHANNELS, d.frames, d.height // 8, d.width // 8)
-    encode = lambda texts: base.text_encoder(tokenizer(list(texts)).to(base.device), subject.v_star if subject else None)
+    clips = []
     for i in tqdm(range(0, len(prompts), batch), desc="clips", unit=f"{batch} clips"):
-        part = slice(i, min(i + batch, len(prompts)))
-        generators = [torch.Generator().manual_seed(n) for n in range(part.start, part.stop)]
-        noise = lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(base.device)
-        context, uncond, unet = encode(prompts[part]), encode([""]), base.unet
+        part, model = slice(i, i + batch), base
         if later_prompts:
-            later = torch.cat([encode(later_prompts[part]), uncond.expand(len(context), -1, -1)])
-            last_t = ddim_steps(base.schedule, d.steps, d.eta)[0][k].item()  # the first noise level with the new text
-            unet = lambda z, t, f, both: base.unet(z, t, f, later if t[0] <= last_t else both)
-        fps = torch.full((len(context),), d.fps, device=base.device)
-        z_0 = ddim(unet, base.schedule, noise(), noise, context, uncond, fps, d.steps, d.cfg, d.eta, strength, lambdas)
-        clips.append(base.decode(z_0).numpy())
-    if strength:
-        strength.set(0)
+            texts = later_prompts[part] + [""] * len(later_prompts[part])
+            later = base.text_encoder(Tokenizer()(texts).to(base.device))
+            last_t = ddim_steps(base.schedule, base.config.defaults.steps, 0)[0][k]  # the first noise level with the new text
+            model = replace(base, unet=lambda z, t, fps, both: base.unet(z, t, fps, later if t[0] <= last_t else both))
+        clips.append(generate(model, prompts[part], range(len(prompts))[part], **how).numpy())
     return np.concatenate(clips)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import (TRAIN_STEPS, BaseConfig, Defaults, NoiseSchedule, ScheduleConfig, TextConfig, Tokenizer, UNetConfig, VAEConfig,
@@ -48,6 +48,7 @@ def main():
     p.add_argument("--vae_steps", type=int, default=4400, help="steps of 16 pictures")
     p.add_argument("--image_steps", type=int, default=1000, help="first steps of the UNet, on 64 single frames each")
     p.add_argument("--clip_steps", type=int, default=3200, help="further steps of the UNet, on 16 clips each")
+    p.add_argument("--one_way_steps", type=int, default=400, help="as many of the first clip_steps see only clips that move left")
     p.add_argument("--clips", type=int, default=6000, help="clips that are drawn and encoded once")
     args = p.parse_args()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -120,10 +121,17 @@ def train_unet(args, images=64, clips=16, lr=2e-3):
     torch.manual_seed(0)
     data = load_file(args.out / "latents.safetensors")
     scenes, latents = draw_scenes(len(data["latents"])), data["latents"].float() * data["factor"]
+    # With four ways from the start, which way a word means is learned only after what a frame's place in the clip means, and
+    # neither shows in the loss without the other. With one way the second comes alone, and the first soon after.
+    everything, left = np.arange(len(scenes)), np.flatnonzero([scene.direction == "left" for scene in scenes])
     schedule, tokenizer = NoiseSchedule(CONFIG.schedule), Tokenizer()
     networks = torch.nn.ModuleDict({part: build_part(part, CONFIG) for part in ("unet", "text_encoder")}).to(args.device)
     networks.eval()  # no dropout: there is more data than so small a network can learn by heart
-    run = Run("unet", args.out, networks, lr, args.image_steps + args.clip_steps)
+    # Words have to outweigh what a narrow tower's own layers add to them, and the tower has to learn slowly: or it soon says
+    # nothing but what the single frames need, and the directions, which come later, are never heard.
+    torch.nn.init.normal_(networks["text_encoder"].token_embedding.weight, std=0.5)
+    torch.nn.init.normal_(networks["text_encoder"].positional_embedding, std=0.2)
+    run = Run("unet", args.out, networks, lr, args.image_steps + args.clip_steps, slow=networks["text_encoder"])
     # Where little but noise is left to see, the plain loss is near 0 whatever the layout and the motion. This weight makes it
     # the loss of v-prediction (Salimans and Ho 2022, Sec. 4), which is about the same at every noise level; the bound keeps
     # the last few levels, where nothing is left to see at all, from outweighing the rest.
@@ -132,7 +140,8 @@ def train_unet(args, images=64, clips=16, lr=2e-3):
     while run.step < run.steps:
         rng = np.random.default_rng((4, run.step))
         single = run.step < args.image_steps or run.step % 8 == 0
-        which = rng.integers(len(scenes), size=images if single else clips)
+        pool = left if 0 <= run.step - args.image_steps < args.one_way_steps else everything
+        which = rng.choice(pool, size=images if single else clips)
         z_0 = latents[which].transpose(1, 2)                                            # (B, 4, T, 8, 8)
         if single:
             z_0 = z_0[torch.arange(len(which)), :, torch.from_numpy(rng.integers(FRAMES, size=len(which)))][:, :, None]
@@ -185,10 +194,14 @@ def load_average(stage, args, network=None):
 class Run:
     """One resumable training run: optimizer, warm-up and cosine decay, moving average of the weights, saves, log lines."""
 
-    def __init__(self, name, out, network, lr, steps, ema=0.998, save_every=200):
+    def __init__(self, name, out, network, lr, steps, slow=None, ema=0.998, save_every=200):
         self.path, self.network, self.lr, self.steps, self.save_every = out / f"{name}.pt", network, lr, steps, save_every
-        self.optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema))
+        slow = set(slow.parameters()) if slow else set()  # a part of the network that learns at a tenth of the rate
+        self.optimizer = torch.optim.AdamW([{"params": [p for p in network.parameters() if p not in slow], "scale": 1.0},
+                                            {"params": [p for p in network.parameters() if p in slow], "scale": 0.1}],
+                                           lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+        # Young averages look back on a ninth of their life, so that the random start is soon forgotten.
+        self.average = AveragedModel(network, avg_fn=lambda average, new, n: average + max(1 - ema, 9 / (10 + n)) * (new - average))
         self.step, self.log, self.start = 0, {}, time.time()
         if self.path.exists():
             state = torch.load(self.path, weights_only=True)
@@ -202,7 +215,7 @@ class Run:
         """One optimizer step on a scalar loss; metrics are averaged into the next log line."""
         lr = self.lr * min(1, (self.step + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * self.step / self.steps))
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
