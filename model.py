@@ -136,8 +136,8 @@ class Defaults:
     num_prior: int = 200
     save_every: int = 500    # ours, as the next one
     preview_every: int = 1000
-    photos: str = "toy/subjects/ember"  # train.py's subject where --images is left out, relative to the repository
-    class_word: str = "star"
+    photos: str = "toy/subjects/berry"  # train.py's subject where --images is left out, relative to the repository
+    class_word: str = "heart"
 
 
 @dataclass
