@@ -90,7 +90,7 @@ def test_bad_folders_are_refused_and_bad_files_left_out(tmp_path, capsys):
         load_photos(tmp_path / "nowhere", 64)
     (tmp_path / "broken.jpg").write_bytes(b"not a picture")
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(BadInput, match="no readable picture"):
+    with pytest.raises(BadInput, match="no readable file"):
         load_photos(tmp_path, 64)
     Image.fromarray(gradient()).save(tmp_path / "good.png")
     capsys.readouterr()
