@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent
+torch.set_num_threads(1)  # as in the processes that `run` starts: sums in another order differ in their last digit
 sys.path.insert(0, str(ROOT))
 from model import (PARTS, BaseConfig, Defaults, TextConfig, UNetConfig, VAEConfig, build_part, fingerprint, load_base,  # noqa: E402
                    save_config)
