@@ -307,7 +307,7 @@ def read_prompts(args, d, subjects):
     elif not args.prompt:
         if not subjects:
             raise BadInput("--prompt: is needed where there is no subject")
-        prompts = [d.prompt.replace("V* {class word}", " and a ".join(f"{s.placeholder} {s.class_word}" for s in subjects))]
+        prompts = [default_prompt(d, subjects)]
     tokenizer = Tokenizer(words)
     for prompt in prompts:
         ids = tokenizer.encode(prompt)
@@ -320,6 +320,10 @@ def read_prompts(args, d, subjects):
         if dropped:
             print(f"warning: {source}: only {TEXT_LENGTH - 2} tokens are read; dropped: {tokenizer.bpe.decode(dropped)!r}", file=sys.stderr)
     return prompts
+
+
+def default_prompt(d, subjects):
+    return d.prompt.replace("V* {class word}", " and a ".join(f"{s.placeholder} {s.class_word}" for s in subjects))
 
 
 def without_placeholders(prompt, placeholders):
@@ -426,8 +430,8 @@ def save_video(path, video, formats, fps, facts, pictures):
 
     for end in formats:
         with file(f".{end}") as temporary:
-            if end == "mp4":  # macro_block_size 1: the size stays as it is, instead of being rounded up to 16 in silence
-                iio.imwrite(temporary, video, plugin="FFMPEG", fps=fps, codec="libx264", quality=8, macro_block_size=1)
+            if end == "mp4":
+                write_mp4(temporary, video, fps, quality=8)
             elif end == "gif":
                 iio.imwrite(temporary, video, plugin="pillow", duration=1000 / fps, loop=0)
             else:
@@ -438,6 +442,11 @@ def save_video(path, video, formats, fps, facts, pictures):
     with file(".json") as temporary:
         temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return written
+
+
+def write_mp4(path, video, fps, quality):
+    """Video (T, H, W, 3) uint8 -> H.264. macro_block_size 1: the size stays, instead of being rounded up to 16 in silence."""
+    iio.imwrite(path, video, plugin="FFMPEG", fps=fps, codec="libx264", quality=quality, macro_block_size=1)
 
 
 if __name__ == "__main__":

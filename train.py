@@ -20,19 +20,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 from data import check_placeholder, load_photos, load_prior, noise_sample, prior_sample, still_video, subject_sample
 from lora import LiveLoRA, Subject, add_lora, class_embedding, save_subject
 from model import (ROOT, TRAIN_STEPS, BadInput, Tokenizer, complete_or_absent, default_base, load_base, load_config, run_script)
-from sample import check_flags, fill_defaults, generate, peak_memory, pick_precision, slug
+from sample import (check_flags, default_prompt, fill_defaults, generate, labelled, peak_memory, pick_precision, slug,
+                    write_mp4)
 
 
 def main():
@@ -43,7 +43,8 @@ def main():
     device = f"cuda:{local_rank}" if cuda else "cpu"
     if cuda and local_rank >= torch.cuda.device_count():
         raise BadInput(f"--nproc_per_node: is more than the {torch.cuda.device_count()} GPUs here; one process needs one GPU")
-    folder = pick_photos(args)
+    config = load_config(args.base / "config.json")
+    d, folder = fill_defaults(args, config), pick_photos(args, config)
     out, last_save = pick_run(args, folder)
     if cuda:
         torch.cuda.set_device(local_rank)
@@ -53,7 +54,6 @@ def main():
     # Load the base and the photos.
     precision = pick_precision(args.precision, device)
     base = load_base(args.base, device, getattr(torch, precision))
-    d = fill_defaults(args, base.config)
     photos = load_photos(folder, max(d.height, d.width))
     words = f"{args.placeholder} {d.class_word}"
     if rank == 0:
@@ -188,7 +188,7 @@ def generate_prior(folder, caption, d, base, rank, world, frames, batch=8):
         for k, video in zip(numbers, videos):
             with complete_or_absent(folder / f"{k:04d}.{ending}") as temporary:
                 if frames > 1:
-                    iio.imwrite(temporary, video, plugin="FFMPEG", fps=d.save_fps, codec="libx264", quality=10, macro_block_size=1)
+                    write_mp4(temporary, video, d.save_fps, quality=10)
                 else:
                     Image.fromarray(video[0]).save(temporary)
     if world > 1:
@@ -326,36 +326,31 @@ def preview(out, step, base, d, subject, strength, seeds=(0, 1), width=96):
 
     Too many steps freeze the motion; here a person sees it come, and can take an earlier save.
     """
-    prompt = d.prompt.replace("V* {class word}", f"{subject.placeholder} {subject.class_word}")
+    prompt = default_prompt(d, [subject])
     videos = generate(base, [prompt] * len(seeds), seeds, [subject], d, strength=strength).numpy()
     strength.set(1.0)
     size = (width, round(width * d.height / d.width))
     shown = np.linspace(0, d.frames - 1, 4).round().astype(int)
-    row = Image.new("RGB", (4 * len(seeds) * width, size[1] + 12), "white")
-    ImageDraw.Draw(row).text((2, 0), f"step {step}: {prompt}", fill="black")
-    for i, frame in enumerate(frame for video in videos for frame in video[shown]):
-        row.paste(Image.fromarray(frame).resize(size), (i * width, 12))
+    images = [Image.fromarray(frame).resize(size) for video in videos for frame in video[shown]]
+    row = labelled(images, f"step {step}: {prompt}")
     with complete_or_absent(out / "previews" / f"step-{step:06d}.png") as temporary:
         row.save(temporary)
-    rows = [Image.open(path) for path in sorted((out / "previews").glob("step-*.png"))]
-    sheet = Image.new("RGB", (row.width, row.height * len(rows)))
-    for i, row in enumerate(rows):
-        sheet.paste(row, (0, i * row.height))
+    rows = [np.asarray(Image.open(path)) for path in sorted((out / "previews").glob("step-*.png"))]
     with complete_or_absent(out / "preview.png") as temporary:
-        sheet.save(temporary)
+        Image.fromarray(np.concatenate(rows)).save(temporary)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags
 
 
-def pick_photos(args):
+def pick_photos(args, config):
     """The folder of photos: --images, else the base's own default subject."""
     if args.photos:
         if not args.class_word:
             raise BadInput("--class_word: is needed with --images; name what the photos show, such as dog")
         return Path(args.photos)
-    return Path(os.path.relpath(ROOT / load_config(args.base / "config.json").defaults.photos))
+    return Path(os.path.relpath(ROOT / config.defaults.photos))
 
 
 def parse_args():

@@ -375,7 +375,6 @@ def measure(clip, fps, bank=None):
                     frozen=bool(frozen), broken=float(broken.mean()), track=track)
 
 
-
 if __name__ == "__main__":
     rng = np.random.default_rng(0)
     rows = [np.concatenate(draw_clip(random_scene(rng)), axis=1) for _ in range(12)]
