@@ -1,4 +1,5 @@
 """The embedded base: its world is as described, its weights are trained, and the first command of the README works on it."""
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,9 @@ from PIL import Image
 
 from conftest import ROOT, run
 from lora import load_subject
-from model import Tokenizer, load_base
+from model import BadInput, Tokenizer, load_base
+from toy import experiment
+from toy.experiment import OPPOSITE, Table, against, draw_scenes
 from toy.world import (COLOURS, DIRECTIONS, GROUNDS, SHAPES, SPEED, SUBJECTS, caption, draw_clip, draw_photos, held_out, measure,
                        random_scene)
 
@@ -69,6 +72,28 @@ def test_measures_fail_on_noise_and_on_frozen_and_shuffled_clips():
         assert measure(one_bad, scene.fps).broken == 1 / 8
 
 
+def test_an_interrupted_table_goes_on(tmp_path, monkeypatch, toy):
+    scenes, asked = draw_scenes(6), []
+
+    def drawn(base, prompts, which):
+        asked.extend(prompts[i] for i in which)
+        return np.stack([draw_clip(scenes[i]) for i in which])
+
+    monkeypatch.setattr(experiment, "sample_clips", drawn)
+    judge = lambda i, clip: against(scenes[i], measure(clip, 8), ("direction", "shape"))
+    args = Namespace(clips=6, out=tmp_path, rank=0, world=1)
+    Table(args, toy, "x").fill("one", [caption(s) for s in scenes], judge)
+    table = Table(args, toy, "x")
+    table.fill("one", [caption(s) for s in scenes], judge)
+    table.fill("two", [caption(s) for s in scenes], judge)
+    assert asked == 2 * [caption(s) for s in scenes] and list(table.rows) == ["one", "two"]
+    assert table.rows["two"]["direction"] == table.rows["two"]["shape"] == [1.0] * 6
+    assert np.allclose(table.rows["one"]["distance"], 1, atol=0.05) and sum(table.rows["one"]["frozen"]) == 0
+    assert Image.open(tmp_path / "x.png").size == (8 * 64, 4 * (64 + 14))
+    with pytest.raises(BadInput, match="other settings"):
+        Table(Namespace(clips=7, out=tmp_path, rank=0, world=1), toy, "x")
+
+
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_committed_photos_are_what_the_script_draws(name):
     files = sorted((ROOT / "toy" / "subjects" / name).glob("*.png"))
@@ -100,7 +125,7 @@ def test_vae_codes_the_world_and_the_subjects(toy):
 
 @torch.no_grad()
 def test_unet_has_learned_what_captions_say(toy):
-    """Noise is predicted better with a clip's own caption than with another ground, colour or shape in it."""
+    """Noise is predicted better with a clip's own caption than with another direction, ground, colour or shape in it."""
     rng = np.random.default_rng(4)
     scenes = [random_scene(rng, unseen=i % 2 == 0) for i in range(24)]
     x = torch.from_numpy(np.concatenate([draw_clip(s) for s in scenes])).permute(0, 3, 1, 2) / 127.5 - 1
@@ -115,6 +140,7 @@ def test_unet_has_learned_what_captions_say(toy):
 
     right = loss(scenes)
     other = lambda words, word: words[(words.index(word) + 1) % len(words)]
+    assert loss([replace(s, direction=OPPOSITE[s.direction]) for s in scenes]) > right
     assert loss([replace(s, ground=other(list(GROUNDS), s.ground)) for s in scenes]) > right
     assert loss([replace(s, colour=other(list(COLOURS), s.colour)) for s in scenes]) > right
     assert loss([replace(s, shape=other(SHAPES, s.shape)) for s in scenes]) > right

@@ -2,6 +2,7 @@
 
     python toy/pretrain.py                    # all stages, a few hours on 2 CPU cores; the same command again resumes
     python toy/pretrain.py --stage vae        # one stage: vae, latents, unet, export
+    torchrun --nproc_per_node 2 toy/pretrain.py --stage unet     # the longest stage shared by processes: faster on CPU cores
 
 State is kept in --out (runs/pretrain); `export` writes the base folder, toy/base. The classes are VideoCrafter2's, and so
 is what they learn: noise prediction with dropped captions. Only the numbers in CONFIG are small.
@@ -9,7 +10,7 @@ is what they learn: noise prediction with dropped captions. Only the numbers in 
 Shapes: N pictures, B clips, T frames; videos (B, C, T, H, W).
 """
 import argparse
-import math
+import os
 import sys
 import time
 from dataclasses import replace
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
@@ -27,7 +29,7 @@ from model import (TRAIN_STEPS, BaseConfig, Defaults, NoiseSchedule, ScheduleCon
 from toy.world import SIZE, caption, draw_clip, random_look, random_scene
 
 FRAMES = 8
-LATENT_STD = 1.0  # of the scaled latents, as in VideoCrafter2: at what noise level motion is decided depends on it
+LATENT_STD = 1.4  # of the scaled latents: the larger, the more noise it takes to hide which way a clip moves
 CONFIG = BaseConfig(
     name="toy",
     schedule=ScheduleConfig(),
@@ -48,7 +50,6 @@ def main():
     p.add_argument("--vae_steps", type=int, default=4400, help="steps of 16 pictures")
     p.add_argument("--image_steps", type=int, default=1000, help="first steps of the UNet, on 64 single frames each")
     p.add_argument("--clip_steps", type=int, default=3200, help="further steps of the UNet, on 16 clips each")
-    p.add_argument("--one_way_steps", type=int, default=400, help="as many of the first clip_steps see only clips that move left")
     p.add_argument("--clips", type=int, default=6000, help="clips that are drawn and encoded once")
     args = p.parse_args()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,14 +117,14 @@ def encode_clips(args, batch=32):
         save_file({"latents": latents, "factor": LATENT_STD / latents.float().std()}, temporary)
 
 
-def train_unet(args, images=64, clips=16, lr=2e-3):
+def train_unet(args, images=64, clips=16, lr=1e-3):
     """Eq. 1 on single frames first, 8 times cheaper, then on clips with a share of single frames; captions drop words."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("gloo")
     torch.manual_seed(0)
     data = load_file(args.out / "latents.safetensors")
     scenes, latents = draw_scenes(len(data["latents"])), data["latents"].float() * data["factor"]
-    # With four ways from the start, which way a word means is learned only after what a frame's place in the clip means, and
-    # neither shows in the loss without the other. With one way the second comes alone, and the first soon after.
-    everything, left = np.arange(len(scenes)), np.flatnonzero([scene.direction == "left" for scene in scenes])
     schedule, tokenizer = NoiseSchedule(CONFIG.schedule), Tokenizer()
     networks = torch.nn.ModuleDict({part: build_part(part, CONFIG) for part in ("unet", "text_encoder")}).to(args.device)
     networks.eval()  # no dropout: there is more data than so small a network can learn by heart
@@ -140,19 +141,18 @@ def train_unet(args, images=64, clips=16, lr=2e-3):
     while run.step < run.steps:
         rng = np.random.default_rng((4, run.step))
         single = run.step < args.image_steps or run.step % 8 == 0
-        pool = left if 0 <= run.step - args.image_steps < args.one_way_steps else everything
-        which = rng.choice(pool, size=images if single else clips)
+        which = rng.integers(len(scenes), size=images if single else clips)
         z_0 = latents[which].transpose(1, 2)                                            # (B, 4, T, 8, 8)
         if single:
             z_0 = z_0[torch.arange(len(which)), :, torch.from_numpy(rng.integers(FRAMES, size=len(which)))][:, :, None]
         texts = [caption(replace(scenes[k], direction="") if single else scenes[k], rng) for k in which]
-        fps = torch.tensor([scenes[k].fps for k in which], device=args.device)
-        # Two noise levels in three are drawn from the noisiest 30%: layout and motion are decided there.
+        fps = torch.tensor([scenes[k].fps for k in which])
+        # A third of the noise levels are drawn from the noisiest 30%: layout and motion are decided there.
         t = rng.integers(TRAIN_STEPS, size=len(which))
-        t = torch.from_numpy(np.where(rng.random(len(which)) < 1 / 3, t, 7 * TRAIN_STEPS // 10 + 3 * t // 10))
-        z_0, t = z_0.to(args.device), t.to(args.device)
-        eps = torch.randn_like(z_0)
-        context = networks["text_encoder"](tokenizer(texts).to(args.device))
+        t = torch.from_numpy(np.where(rng.random(len(which)) < 2 / 3, t, 7 * TRAIN_STEPS // 10 + 3 * t // 10))
+        eps = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(run.step))
+        z_0, t, fps, eps = (x[rank::world].to(args.device) for x in (z_0, t, fps, eps))
+        context = networks["text_encoder"](tokenizer(texts[rank::world]).to(args.device))
         error = (networks["unet"](schedule.add_noise(z_0, t, eps), t, fps, context) - eps).pow(2).mean(dim=(1, 2, 3, 4))
         loss = (weight[t] * error).mean()
         run.optimize(loss, **{"images" if single else "clips": loss})
@@ -192,7 +192,7 @@ def load_average(stage, args, network=None):
 
 
 class Run:
-    """One resumable training run: optimizer, warm-up and cosine decay, moving average of the weights, saves, log lines."""
+    """One resumable training run: optimizer, warm-up and a decay at the end, moving average of the weights, saves, log lines."""
 
     def __init__(self, name, out, network, lr, steps, slow=None, ema=0.998, save_every=200):
         self.path, self.network, self.lr, self.steps, self.save_every = out / f"{name}.pt", network, lr, steps, save_every
@@ -213,17 +213,25 @@ class Run:
 
     def optimize(self, loss, **metrics):
         """One optimizer step on a scalar loss; metrics are averaged into the next log line."""
-        lr = self.lr * min(1, (self.step + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * self.step / self.steps))
+        lr = self.lr * min(1, (self.step + 1) / 100, 0.02 + 4 * (1 - self.step / self.steps))  # falls over the last quarter
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         self.optimizer.zero_grad()
         loss.backward()
+        if dist.is_initialized():
+            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+            together = torch.cat([g.flatten() for g in gradients])
+            dist.all_reduce(together)
+            for g, mean in zip(gradients, (together / dist.get_world_size()).split([g.numel() for g in gradients])):
+                g.copy_(mean.view_as(g))
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
         self.average.update_parameters(self.network)
         self.step += 1
         for key, value in {"loss": loss, **metrics}.items():
             self.log.setdefault(key, []).append(float(value.detach()))
+        if dist.is_initialized() and dist.get_rank() > 0:
+            return
         if self.step % 50 == 0 or self.step == self.steps:
             line = "  ".join(f"{key} {np.mean(values):.4f}" for key, values in self.log.items())
             print(f"{self.path.stem} step {self.step}/{self.steps}  {line}  lr {lr:.1e}  {time.time() - self.start:.0f} s",
