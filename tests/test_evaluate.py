@@ -1,0 +1,166 @@
+"""The metrics against NumPy with small random towers, what each must not see, and the table of a folder of videos."""
+import csv
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import evaluate
+from conftest import ROOT, run
+from evaluate import Tower, consistency, cosines, load_dino, motion, read_video
+from model import BadInput
+from sample import save_video
+from toy.world import draw_clip, random_scene
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+
+
+def small_tower(*_):
+    """CLIP's own classes with random weights, one narrow layer each."""
+    torch.manual_seed(0)
+    model = open_clip.CLIP(16, {"layers": 1, "width": 32, "head_width": 16, "patch_size": 56, "image_size": 224},
+                           {"layers": 1, "width": 32, "heads": 2})
+    return Tower(model, lambda model, x: model.encode_image(x), 256, MEAN, STD, open_clip.get_tokenizer("ViT-B-32-quickgelu"))
+
+
+@pytest.fixture(scope="module")
+def tower():
+    return small_tower()
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return draw_clip(random_scene(np.random.default_rng(3)))
+
+
+def numpy_features(tower, frame):
+    """One (H, W, 3) picture -> (D,): shorter side to 256, the middle 224 x 224, colours normalised, length 1."""
+    image = Image.fromarray(frame)
+    scale = 256 / min(image.size)
+    image = np.asarray(image.resize([int(scale * side) for side in image.size], Image.BICUBIC)) / 255
+    top, left = (round((side - 224) / 2) for side in image.shape[:2])
+    x = (image[top:top + 224, left:left + 224] - np.array(MEAN)) / np.array(STD)
+    with torch.no_grad():
+        x = tower.model.encode_image(torch.from_numpy(x).float().permute(2, 0, 1)[None])[0].double().numpy()
+    return x / np.sqrt((x ** 2).sum())
+
+
+def test_metrics_against_numpy(tower, clip):
+    photos = [np.random.default_rng(i).integers(0, 256, (48, 64 + i, 3), dtype=np.uint8) for i in range(3)]
+    ours_frames, ours_photos = (tower.images([Image.fromarray(x) for x in pictures]) for pictures in (clip, photos))
+    frames, photos = ([numpy_features(tower, x) for x in pictures] for pictures in (clip, photos))
+    with torch.no_grad():
+        text = tower.model.encode_text(tower.tokenizer(["a red star"]))[0].double().numpy()
+    text = text / np.sqrt((text ** 2).sum())
+    assert cosines(ours_photos, ours_frames) == pytest.approx(np.mean([p @ f for f in frames for p in photos]), abs=1e-5)
+    assert cosines(tower.text("a red star"), ours_frames) == pytest.approx(np.mean([text @ f for f in frames]), abs=1e-5)
+    assert consistency(ours_frames) == pytest.approx(np.mean([a @ b for a, b in zip(frames, frames[1:])]), abs=1e-5)
+
+
+def test_what_each_metric_does_not_see(tower, clip):
+    pictures, rng = [Image.fromarray(frame) for frame in clip], np.random.default_rng(0)
+    features, text, photos = tower.images(pictures), tower.text("a red star"), tower.images(pictures[:3])
+    order = torch.from_numpy(rng.permutation(len(clip)))
+    assert cosines(text, features[order]) == pytest.approx(cosines(text, features), abs=1e-6)
+    assert cosines(photos.flip(0), features) == pytest.approx(cosines(photos, features), abs=1e-6)
+    assert consistency(features[order]) < consistency(features) < 1
+    assert consistency(features[:1].expand(8, -1)) == pytest.approx(1, abs=1e-6)
+
+
+def test_motion_is_how_far_a_texture_was_pushed():
+    texture = np.random.default_rng(0).integers(0, 256, (64, 200, 3), dtype=np.uint8)
+    pushed = lambda step: np.stack([texture[:, step * t:step * t + 128] for t in range(5)])
+    assert motion(pushed(0)) == 0
+    for step in (1, 3, 7):  # the outermost blocks lose what leaves the picture
+        assert motion(pushed(step)) == pytest.approx(100 * step / 128, rel=0.15)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_motion_is_not_fooled(seed):
+    """Frozen, noisy and flickering stills have at most a tenth of the motion of the clip itself."""
+    rng = np.random.default_rng(seed)
+    clip = draw_clip(random_scene(rng))
+    still = clip[[3] * 8].astype(float)
+    flicker = still * rng.permutation(np.linspace(0.5, 1, 8))[:, None, None, None]
+    fakes = {"frozen": still, "noisy": still + rng.normal(0, 20, still.shape), "flickering": flicker,
+             "noise": rng.integers(0, 256, clip.shape)}
+    found = {name: motion(x.clip(0, 255).astype(np.uint8)) for name, x in fakes.items()}
+    assert motion(clip) > 1 and max(found.values()) < motion(clip) / 10, found
+
+
+def write_videos(folder, subjects, clips):
+    folder.mkdir()
+    for seed, video in clips.items():
+        prompt = f"a {'V* ' if subjects else ''}star moving left"
+        save_video(folder / f"star-{seed}", video, ["mp4"], 8, {"prompt": prompt, "seed": seed, "subjects": subjects}, {})
+    return folder
+
+
+def evaluate_with_small_towers(tmp_path, processes, *flags):
+    """evaluate.py's own main under torchrun, but for the weights; the table's lines."""
+    script = tmp_path / "small.py"
+    script.write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nimport evaluate\nimport test_evaluate\n"
+                      "evaluate.load_clip = evaluate.load_dino = test_evaluate.small_tower\nevaluate.main()\n")
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", processes] if processes > 1 else []
+    done = run(script, *flags, cwd=tmp_path, launcher=map(str, launcher))
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stdout.splitlines() if line.startswith("|")]
+
+
+def test_the_table_of_two_folders(clip, photos_folder, tmp_path):
+    """A moving folder and a frozen one, the base beside them; two processes find what one does."""
+    subjects = [{"placeholder": "V*", "class_word": "star"}]
+    moving = write_videos(tmp_path / "moving", subjects, {0: clip, 1: clip[::-1]})
+    frozen = write_videos(tmp_path / "frozen", subjects, {0: clip[[0] * 8], 5: clip[[7] * 8]})
+    base = write_videos(tmp_path / "base", [], {0: clip})
+    (moving / "strange.json").write_text("[]")
+    flags = ["--videos", moving, frozen, "--images", photos_folder, "--base_videos", base, "--out", tmp_path / "out"]
+    table = evaluate_with_small_towers(tmp_path, 1, *flags)
+    alone = (tmp_path / "out" / "evaluation.json").read_bytes()
+    assert evaluate_with_small_towers(tmp_path, 2, *flags) == table
+    assert (tmp_path / "out" / "evaluation.json").read_bytes() == alone
+    assert len(table) == 4 and str(frozen) in table[2] and str(moving) in table[3]
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    rows = {(row["folder"], row["seed"]): row for row in report["videos"]}
+    assert sorted(rows) == [(str(frozen), 0), (str(frozen), 5), (str(moving), 0), (str(moving), 1)]
+    assert all(row["text"] == "a star moving left" for row in rows.values())
+    assert rows[str(frozen), 0]["T.Cons"] == pytest.approx(1, abs=1e-3) and rows[str(frozen), 0]["motion"] == 0
+    seen = read_video(moving / "star-0.mp4")
+    assert rows[str(moving), 0]["motion"] == motion(seen) > 1
+    assert rows[str(moving), 0]["motion of base"] == pytest.approx(motion(seen)) and rows[str(frozen), 5]["motion of base"] is None
+    means = report["folders"][str(moving)]
+    assert means["CLIP-I"][0] == pytest.approx(np.mean([rows[str(moving), seed]["CLIP-I"] for seed in (0, 1)]))
+    with open(tmp_path / "out" / "evaluation.csv", newline="") as f:
+        assert [float(row["CLIP-T"]) for row in csv.DictReader(f)] == [row["CLIP-T"] for row in report["videos"]]
+
+
+def test_dino_weights_by_their_real_names(tmp_path):
+    """A file with the names and shapes that the hub's has; refused with a tensor missing."""
+    torch.manual_seed(0)
+    state = timm.create_model("vit_small_patch16_224", num_classes=0).state_dict()
+    assert len(state) == 150 and state["patch_embed.proj.weight"].shape == (384, 3, 16, 16)
+    save_file(state, tmp_path / "model.safetensors")
+    dino = load_dino(tmp_path / "model.safetensors", "cpu")
+    assert torch.equal(dino.model.blocks[11].mlp.fc2.weight, state["blocks.11.mlp.fc2.weight"])
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
+    assert dino.images([picture]).norm(dim=1).item() == pytest.approx(1, abs=1e-5)
+    del state["norm.bias"]
+    save_file(state, tmp_path / "short.safetensors")
+    with pytest.raises(BadInput, match="short.safetensors.*norm.bias"):
+        load_dino(tmp_path / "short.safetensors", "cpu")
+
+
+def test_refusals(tmp_path, photos_folder, clip, monkeypatch):
+    videos = write_videos(tmp_path / "v", [], {0: clip})
+    for flags, words in ((["--videos", tmp_path / "none"], "none: no such folder"), (["--videos", tmp_path], "no video with its JSON"),
+                         (["--videos", videos, "--clip", tmp_path / "x.pt"], "--clip .*x.pt: not readable")):
+        monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, flags), "--images", str(photos_folder)])
+        with pytest.raises(BadInput, match=words):
+            evaluate.main()
+    done = run("evaluate.py", "--videos", videos, "--images", tmp_path / "none", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--images" in done.stderr, done.stderr
