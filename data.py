@@ -116,7 +116,7 @@ def crop(image, height, width, rng=None):
     zoom, dx, dy = (rng.uniform(1, 1.15), *rng.uniform(-0.05, 0.05, 2)) if rng else (1, 0, 0)
     w, h = image.size
     scale = max(width / w, height / h) * zoom
-    cw, ch = width / scale, height / scale                          # the crop, in the image's own pixels
+    cw, ch = min(width / scale, w), min(height / scale, h)          # the crop, in the image's own pixels
     left = min(max((w - cw) / 2 + dx * cw, 0), w - cw)
     top = min(max((h - ch) / 2 + dy * ch, 0), h - ch)
     image = image.resize((width, height), Image.BICUBIC, box=(left, top, left + cw, top + ch))
@@ -126,15 +126,45 @@ def crop(image, height, width, rng=None):
 
 
 def subject_sample(photos, index, seed, height, width, words):
-    """Sample number `index` of a run -> frame (3, H, W), caption. Every photo comes once before any comes again.
+    """Sample number `index` of a run -> frame (3, H, W), caption, loss weight (h, w) of 1. Every photo comes once before any comes again.
 
     `words`: what fills a template, "V* dog".
     """
+    photo, rng = draw_photo(photos, index, seed)
+    caption = photo.caption or TEMPLATES[rng.integers(len(TEMPLATES))].format(words)
+    return crop(photo.image, height, width, rng), caption, torch.ones(height // 8, width // 8)
+
+
+def rescaled_sample(photos, index, seed, height, width, words):
+    """The same, as Custom Diffusion does it: mirrored, and shrunk or enlarged with words in the caption that say so.
+
+    A photo at less than 0.6 of its size lies somewhere on grey. There the loss counts only inside the photo, one latent cell from its
+    edge; the weight's mean is 1, so that the mean over the clip becomes the mean over what counts.
+    """
+    photo, rng = draw_photo(photos, index, seed)
+    caption, weight = photo.caption or f"photo of a {words}", torch.ones(height // 8, width // 8)
+    scale = rng.uniform(1 / 3, 1) if rng.random() < 2 / 3 else rng.uniform(1.2, 1.4)
+    h, w = (round(scale * side) for side in (height, width))
+    image = ImageOps.mirror(photo.image) if rng.random() < 0.5 else photo.image
+    if scale < 0.6:
+        frame = torch.zeros(3, height, width)
+        top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+        frame[:, top:top + h, left:left + w] = crop(image, h, w)
+        inside = torch.zeros_like(weight)
+        inside[top // 8 + 1:max((top + h) // 8 - 1, top // 8 + 2), left // 8 + 1:max((left + w) // 8 - 1, left // 8 + 2)] = 1
+        return frame, f"{rng.choice(['a far away', 'very small'])} {caption}", inside / inside.mean()
+    if scale > 1:
+        top, left = rng.integers(h - height + 1), rng.integers(w - width + 1)
+        frame = crop(image, h, w)[:, top:top + height, left:left + width]
+        return frame, f"{rng.choice(['zoomed in', 'close up'])} {caption}", weight
+    return crop(image, height, width), caption, weight
+
+
+def draw_photo(photos, index, seed):
+    """-> the photo of sample number `index`, and a generator for the rest of that sample."""
     epoch, place = divmod(index, len(photos))
     photo = photos[np.random.default_rng((seed, 0, epoch)).permutation(len(photos))[place]]
-    rng = np.random.default_rng((seed, 1, index))
-    caption = photo.caption or TEMPLATES[rng.integers(len(TEMPLATES))].format(words)
-    return crop(photo.image, height, width, rng), caption
+    return photo, np.random.default_rng((seed, 1, index))
 
 
 def prior_sample(count, index, seed):

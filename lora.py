@@ -1,7 +1,8 @@
 """Eq. 2 of CustomCrafter, W = W_0 + lambda * B A on the spatial attention, and the subject file that A, B and V* are kept in.
 
 Nothing to run here. train.py learns a subject with `add_lora` (the update stays beside the weight, lambda = 1); sample.py
-applies one with `MergedLoRA` (the update goes into the weight, so that a customised video costs what a plain one costs).
+applies one with `MergedLoRA` (the update goes into the weight, so that a customised video costs what a plain one costs). What
+the paper compares with, Custom Diffusion's full matrices and DreamVideo's adapters, stands at the end of the page.
 
 Shapes: A (r, C_in), B (C_out, r), where r is the rank; V* (n, D), one row per learned word.
 """
@@ -16,18 +17,22 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from model import BadInput, Base, SpatialTransformer, Tokenizer, UNet, check_tensors, complete_or_absent
+from model import (BadInput, Base, SpatialTransformer, Tokenizer, TransformerBlock, UNet, check_tensors, complete_or_absent,
+                   zeroed)
 
 
-def target_names(unet: UNet):
+def target_names(unet: UNet, targets="all"):
     """The linears that get an update: to_q, to_k, to_v of self- and cross-attention in every spatial transformer.
 
-    96 for VideoCrafter2 (paper, Sec. "Spatial Subject Learning Module"). The temporal transformers have attention layers
-    of the same class; they form the motion and are left alone.
+    96 for VideoCrafter2 (paper, Sec. "Spatial Subject Learning Module"); with targets "cross", the ablation of its Table 2, the
+    48 of the cross-attention. The temporal transformers have attention layers of the same class; they form the motion and are left alone.
     """
-    return [f"{name}.block.{attn}.{to}"
-            for name, module in unet.named_modules() if isinstance(module, SpatialTransformer)
-            for attn in ("attn1", "attn2") for to in ("to_q", "to_k", "to_v")]
+    return [f"{name}.{attn}.{to}" for name in spatial_blocks(unet)
+            for attn in ("attn1", "attn2")[targets == "cross":] for to in ("to_q", "to_k", "to_v")]
+
+
+def spatial_blocks(unet: UNet):
+    return [f"{name}.block" for name, module in unet.named_modules() if isinstance(module, SpatialTransformer)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -40,7 +45,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, rank):
         super().__init__()
         self.base = base
-        self.lam = 1.0
+        self.lam = 1.0  # lambda
         # A and B stay in float32 whatever the frozen weights are in: their steps are too small for bfloat16.
         # Hu et al. 2021: A is Gaussian and B zero, so that step 0 computes the base exactly.
         A, B = torch.randn(rank, base.in_features) / base.in_features ** 0.5, torch.zeros(base.out_features, rank)
@@ -52,13 +57,21 @@ class LoRALinear(nn.Module):
         update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
         return self.base(x) + self.lam * update                             # Eq. 2; lambda = 1 in training
 
+    def tensors(self):
+        return self.lora_A, self.lora_B
 
-def add_lora(unet: UNet, rank):
+
+def add_lora(unet: UNet, rank, targets="all"):
     """Puts a LoRALinear around every target, in place. Returns name -> LoRALinear."""
+    return wrap(unet, target_names(unet, targets), lambda linear: LoRALinear(linear, rank))
+
+
+def wrap(unet, names, layer):
+    """Puts layer(module) in the place of each named module. Returns name -> layer."""
     layers = {}
-    for name in target_names(unet):
+    for name in names:
         parent, _, child = name.rpartition(".")
-        layers[name] = LoRALinear(unet.get_submodule(name), rank)
+        layers[name] = layer(unet.get_submodule(name))
         setattr(unet.get_submodule(parent), child, layers[name])
     return layers
 
@@ -81,12 +94,16 @@ class LiveLoRA:
 class MergedLoRA:
     """Writes W_0 + lambda * B A into the UNet's own weights; between two calls the network is a plain one.
 
-    Of several subjects, the updates B A are summed.
+    Of several subjects, the updates are summed. (A DreamVideo subject's adapters are no update of a weight: they are put into
+    their blocks while lambda is not 0.)
     """
 
     def __init__(self, unet: UNet, *subjects: "Subject"):
-        self.layers = [(unet.get_submodule(name), [s.lora[name] for s in subjects]) for name in subjects[0].lora]
-        self.originals = [linear.weight.detach().clone() for linear, _ in self.layers]
+        names = dict.fromkeys(name for s in subjects for name in (*s.lora, *s.full))
+        self.layers = [(unet.get_submodule(name), [s for s in subjects if name in s.lora or name in s.full], name) for name in names]
+        self.originals = [linear.weight.detach().clone() for linear, *_ in self.layers]
+        self.adapters = [(unet.get_submodule(name), tensors) for s in subjects for name, tensors in s.adapters.items()]
+        self.blocks = [(block, block.norm2, block.attn2) for block, _ in self.adapters]
         self.lam = 0.0
 
     @torch.no_grad()
@@ -94,12 +111,16 @@ class MergedLoRA:
         """lambda = 0 restores the base bit for bit. Setting the value already set costs nothing."""
         if lam == self.lam:
             return
-        for (linear, pairs), W_0 in zip(self.layers, self.originals):
+        for (linear, subjects, name), W_0 in zip(self.layers, self.originals):
             if lam == 0:
                 linear.weight.copy_(W_0)
             else:
-                update = sum(B.to(W_0.device) @ A.to(W_0.device) for A, B in pairs)
+                update = sum(s.update(name).to(W_0.device) for s in subjects)
                 linear.weight.copy_(W_0.float() + lam * update)             # Eq. 2
+        for block, norm2, attn2 in self.blocks:
+            block.norm2, block.attn2 = norm2, attn2
+        for block, tensors in self.adapters if lam else ():
+            Adapter(block, lam, tensors)
         self.lam = lam
 
 
@@ -107,9 +128,16 @@ class MergedLoRA:
 # A subject: V* and the update in one file
 
 
+TENSORS = {"lora": ("lora_A.weight", "lora_B.weight"), "full": ("delta.weight",),
+           "adapters": ("adapter.down.weight", "adapter.down.bias", "adapter.up.weight", "adapter.up.bias")}
+
+
 @dataclass
 class Subject:
-    """What train.py learns: `lora` is name -> (A, B) in float32, `v_star` (1, D), and the facts needed to use them."""
+    """What train.py learns, in float32: `v_star` (1, D), `lora` name -> (A, B), and the facts needed to use them.
+
+    The baselines have, in place of `lora`, `full` name -> (update of a whole matrix,) or `adapters` name of a block -> 4 tensors.
+    """
     placeholder: str
     class_word: str
     rank: int
@@ -119,12 +147,21 @@ class Subject:
     method: str = "customcrafter"
     settings: dict = field(default_factory=dict)
     lora: dict = field(default_factory=dict)
+    full: dict = field(default_factory=dict)
+    adapters: dict = field(default_factory=dict)
     v_star: torch.Tensor = None
 
     def tensors(self):
-        """What is learned, under the names that the file gives it (PEFT's)."""
-        pairs = {f"unet.{name}.lora_{letter}.weight": x for name, pair in self.lora.items() for letter, x in zip("AB", pair)}
-        return {"v_star": self.v_star, **pairs}
+        """What is learned, under the names that the file gives it (for LoRA, PEFT's)."""
+        return {"v_star": self.v_star, **{f"unet.{name}.{end}": x for kind, ends in TENSORS.items()
+                                          for name, layer in getattr(self, kind).items() for end, x in zip(ends, layer)}}
+
+    def update(self, name):
+        """The learned update of the linear `name`, (C_out, C_in): B A, or a whole matrix."""
+        if name in self.full:
+            return self.full[name][0]
+        A, B = self.lora[name]
+        return B @ A
 
     def fingerprint(self):
         """16 hex digits that tell this subject's tensors from another's."""
@@ -147,7 +184,7 @@ def save_subject(path, subject: Subject):
     """Subject -> safetensors file under PEFT's names. The file is complete or absent, even if the process is killed."""
     tensors = {name: x.detach().float().cpu().contiguous() for name, x in subject.tensors().items()}
     # lora_alpha = rank tells readers of PEFT files that lambda is the only scale.
-    facts = {key: value for key, value in vars(subject).items() if key not in ("lora", "v_star")}
+    facts = {key: value for key, value in vars(subject).items() if key not in (*TENSORS, "v_star")}
     facts |= {"lora_alpha": subject.rank, "settings": json.dumps(subject.settings)}
     with complete_or_absent(Path(path)) as temporary:
         save_file(tensors, temporary, {key: str(value) for key, value in facts.items()})
@@ -172,15 +209,91 @@ def load_subject(path, base: Base):
     if subject.base_fingerprint != base.config.fingerprint:
         raise BadInput(f"{path}: was learned on the base {subject.base_name} ({subject.base_fingerprint}), and this is "
                        f"{base.config.name} ({base.config.fingerprint}); pass that base with --base, or train again on this one")
-    linears = {name: base.unet.get_submodule(name) for name in target_names(base.unet)}
+    kind, shapes = expected_shapes(subject, base.unet, path)
     expected = {"v_star": torch.empty(1, base.config.text.width, device="meta")}
-    for name, linear in linears.items():
-        expected[f"unet.{name}.lora_A.weight"] = torch.empty(subject.rank, linear.in_features, device="meta")
-        expected[f"unet.{name}.lora_B.weight"] = torch.empty(linear.out_features, subject.rank, device="meta")
+    for name, layer in shapes.items():
+        expected |= {f"unet.{name}.{end}": torch.empty(shape, device="meta") for end, shape in zip(TENSORS[kind], layer)}
     check_tensors(path, tensors, expected)
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32 or not tensor.isfinite().all():
             raise BadInput(f"{path}: {name} is not finite float32; the file is damaged")
     subject.v_star = tensors["v_star"].to(base.device)
-    subject.lora = {name: (tensors[f"unet.{name}.lora_A.weight"], tensors[f"unet.{name}.lora_B.weight"]) for name in linears}
+    setattr(subject, kind, {name: tuple(tensors[f"unet.{name}.{end}"] for end in TENSORS[kind]) for name in shapes})
     return subject
+
+
+def expected_shapes(subject, unet, path):
+    """-> the kind of update that the subject's method learns, and name -> the shapes of its tensors."""
+    if subject.method == "dreamvideo":
+        d = {name: unet.get_submodule(name).norm3.normalized_shape[0] for name in spatial_blocks(unet)}
+        return "adapters", {name: ((d[name] // 2, d[name]), (d[name] // 2,), (d[name], d[name] // 2), (d[name],)) for name in d}
+    if subject.method == "custom_diffusion":
+        return "full", {name: (unet.get_submodule(name).weight.shape,) for name in full_names(unet)}
+    if subject.method != "customcrafter":
+        raise BadInput(f"{path}: was learned by the method {subject.method!r}, which this version does not know")
+    linears = {name: unet.get_submodule(name) for name in target_names(unet, subject.settings.get("targets", "all"))}
+    return "lora", {name: ((subject.rank, x.in_features), (x.out_features, subject.rank)) for name, x in linears.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the paper compares with
+
+
+def full_names(unet: UNet):
+    """Custom Diffusion's targets: keys and values of every cross-attention, 32 matrices for VideoCrafter2."""
+    return [f"{name}.attn2.{to}" for name in spatial_blocks(unet) for to in ("to_k", "to_v")]
+
+
+def rare_embedding(text_encoder):
+    """Where Custom Diffusion's word starts: a token that ordinary text does not have, "ktn" within a word. (1, D)"""
+    return text_encoder.token_embedding.weight[42170:42171].float().clone()
+
+
+class FullLinear(nn.Module):
+    """A frozen linear layer with a trainable update of its whole matrix beside it (Kumari et al. 2023)."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base, self.lam = base, 1.0
+        self.delta = nn.Parameter(torch.zeros_like(base.weight, dtype=torch.float32))
+
+    def forward(self, x):
+        """Text (B, L, D) -> keys or values (B, L, C). The first token, start-of-text, is the same in every prompt: nothing is learned from it."""
+        y = self.base(x) + self.lam * F.linear(x, self.delta.to(x.dtype))
+        return torch.cat([y[:, :1].detach(), y[:, 1:]], dim=1)
+
+    def tensors(self):
+        return self.delta,
+
+
+class Adapter(nn.Module):
+    """DreamVideo's identity adapter (Wei et al. 2024): x <- attn2(norm2(x), text) + x + lambda * adapter(x), on the un-normalised x.
+
+    It takes the places of its block's norm2 and attn2.
+    """
+
+    def __init__(self, block: TransformerBlock, lam=1.0, tensors=None):
+        super().__init__()
+        self.norm, self.attn, self.lam = block.norm2, block.attn2, lam
+        d, device = block.norm3.normalized_shape[0], block.norm3.weight.device
+        self.down, self.up = nn.Linear(d, d // 2, device=device), zeroed(nn.Linear(d // 2, d, device=device))
+        for p, value in zip(self.tensors(), tensors or ()):
+            p.data = value.to(device)
+        block.norm2, block.attn2 = nn.Identity(), self
+
+    def forward(self, x, context):
+        """(N, S, C) -> (N, S, C)"""
+        linear = lambda layer, x: F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+        return self.attn(self.norm(x), context) + self.lam * linear(self.up, F.gelu(linear(self.down, x)))
+
+    def tensors(self):
+        return self.down.weight, self.down.bias, self.up.weight, self.up.bias
+
+
+def add_updates(unet: UNet, method, rank, targets):
+    """Puts what `method` trains beside or into the frozen UNet, in place. Returns the kind of update, and name -> layer."""
+    if method == "custom_diffusion":
+        return "full", wrap(unet, full_names(unet), FullLinear)
+    if method == "dreamvideo":
+        return "adapters", {name: Adapter(unet.get_submodule(name)) for name in spatial_blocks(unet)}
+    return "lora", add_lora(unet, rank, targets)

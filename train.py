@@ -28,11 +28,18 @@ from PIL import Image
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from data import check_placeholder, load_photos, load_prior, noise_sample, prior_sample, still_video, subject_sample
-from lora import LiveLoRA, Subject, add_lora, class_embedding, save_subject
+from data import (check_placeholder, load_photos, load_prior, noise_sample, prior_sample, rescaled_sample, still_video,
+                  subject_sample)
+from lora import LiveLoRA, Subject, add_updates, class_embedding, rare_embedding, save_subject
 from model import (ROOT, TRAIN_STEPS, BadInput, Tokenizer, complete_or_absent, default_base, load_base, load_config, run_script)
 from sample import (check_flags, default_prompt, fill_defaults, generate, labelled, peak_memory, pick_precision, slug,
                     write_mp4)
+
+
+# What the other methods' authors set, where it is not the base's own default.
+PUBLISHED = {"customcrafter": {},
+             "custom_diffusion": {"lr": 8e-5, "train_steps": 500, "alpha": 1.0},
+             "dreamvideo": {"lr": 1e-5, "train_steps": 4000, "word_lr": 1e-4, "word_steps": 3000, "weight_decay": 0.0, "alpha": 0.0}}
 
 
 def main():
@@ -66,29 +73,36 @@ def main():
     # Create what is trained: V*, started from the class word, and the LoRA.
     tokenizer = Tokenizer([args.placeholder])
     torch.manual_seed(args.seed)  # the same LoRA on every process
-    v_star = nn.Parameter(class_embedding(base.text_encoder, d.class_word))
-    lora = add_lora(base.unet, d.rank)
+    v_star = nn.Parameter(rare_embedding(base.text_encoder) if args.method == "custom_diffusion" else
+                          class_embedding(base.text_encoder, d.class_word))
+    kind, layers = add_updates(base.unet, args.method, d.rank, args.targets)
     subject = Subject(args.placeholder, d.class_word, d.rank, base.config.name, base.config.fingerprint, steps=0, v_star=v_star,
-                      lora={name: (layer.lora_A, layer.lora_B) for name, layer in lora.items()})
+                      method=args.method, **{kind: {name: layer.tensors() for name, layer in layers.items()}})
     params = list(subject.tensors().values())
-    optimizer = torch.optim.AdamW(params, lr=d.lr, weight_decay=d.weight_decay)
+    optimizer = torch.optim.AdamW([{"params": params[:1], "lr": args.word_lr or d.lr}, {"params": params[1:]}],
+                                  lr=d.lr, weight_decay=d.weight_decay)
     base.unet.grad_checkpointing = args.grad_checkpointing
 
     # Go on from a save, if asked. Everything random follows from the number of a sample, so a run's state is short.
     B = d.batch_size
     subject.settings = {name: getattr(d, name) for name in ("rank", "lr", "weight_decay", "alpha", "frames", "height", "width", "fps")} | {
         "clips_a_step": world * B * d.grad_accum, "seed": args.seed, "precision": precision, "images": str(folder),
-        "photos": len(photos), "placeholder": args.placeholder, "class_word": d.class_word}
+        "photos": len(photos), "placeholder": args.placeholder, "class_word": d.class_word,
+        "method": args.method, "targets": args.targets, "word_steps": args.word_steps, "word_lr": args.word_lr}
     first = load_state(last_save, subject, optimizer, d.train_steps) if last_save else 0
+    take = rescaled_sample if args.method == "custom_diffusion" else subject_sample
 
     with stop_signals() as signals, Log(out / "log.jsonl", first, d.train_steps, rank) as log:
         for step in range(first + 1, d.train_steps + 1):
+            if args.word_steps:  # DreamVideo: first V* alone, then the adapters alone
+                for p in params:
+                    p.requires_grad_((p is v_star) == (step <= args.word_steps))
             loss = torch.zeros(2, device=device)
             for part in range(d.grad_accum):
                 # Take samples. Their content follows from their number, so any number of processes sees the same ones.
                 start = ((step - 1) * d.grad_accum + part) * world * B + rank * B
                 index = range(start, start + B)
-                frames, captions = zip(*(subject_sample(photos, i, args.seed, d.height, d.width, words) for i in index))
+                frames, captions, weight = zip(*(take(photos, i, args.seed, d.height, d.width, words) for i in index))
 
                 # Encode one frame of each still video, and the captions with V* in them.
                 with torch.no_grad():
@@ -105,8 +119,10 @@ def main():
                 t, eps = torch.tensor(t, device=device), torch.stack(eps).to(device)
                 fps = torch.full_like(t, d.fps)
                 z_t = base.schedule.add_noise(z_0, t, eps)                                          # Eq. 1, forward process
-                error = (base.unet(z_t, t, fps, context) - eps).pow(2).mean(dim=(1, 2, 3, 4))       # Eq. 1, one number a clip
-                subject_loss, prior_loss = error[:B].mean(), error[B:].mean() if d.alpha > 0 else torch.zeros((), device=device)
+                error = (base.unet(z_t, t, fps, context) - eps).pow(2).mean(dim=(1, 2))             # Eq. 1, (B or 2B, h, w)
+                weight = torch.stack(weight).to(device)  # all 1, but where Custom Diffusion leaves a part of the picture out
+                subject_loss = (weight * error[:B]).mean()
+                prior_loss = error[B:].mean() if d.alpha > 0 else torch.zeros((), device=device)
                 ((subject_loss + d.alpha * prior_loss) / d.grad_accum).backward()                   # Eq. 3 and 4
                 loss += torch.stack([subject_loss, prior_loss]).detach() / d.grad_accum
 
@@ -124,7 +140,7 @@ def main():
             if rank == 0 and (step % d.save_every == 0 or step == d.train_steps or stop):
                 save(out, subject, optimizer, args.keep_last)
             if rank == 0 and d.preview_every and (step % d.preview_every == 0 or step == d.train_steps):
-                preview(out, step, base, d, subject, LiveLoRA(lora.values()))
+                preview(out, step, base, d, subject, LiveLoRA(layers.values()))
             if stop:
                 break
 
@@ -144,6 +160,7 @@ def average_over_processes(params, losses, stop, world):
     """
     numbers = torch.cat([losses, losses.new_tensor([stop])])
     if world > 1:
+        params = [p for p in params if p.grad is not None]
         flat = torch.cat([numbers, *(p.grad.flatten() for p in params)])
         dist.all_reduce(flat)
         numbers, *grads = (flat / world).split([3, *(p.numel() for p in params)])
@@ -361,6 +378,13 @@ def parse_args():
                    help="folder with 4 to 6 photos; NAME.txt beside NAME.jpg is its caption")
     p.add_argument("--class_word", default="", help="what the subject is, such as dog; V* starts from its embedding")
     p.add_argument("--placeholder", default="V*", help="how prompts name the subject (default: %(default)s)")
+    p.add_argument("--method", choices=list(PUBLISHED), default="customcrafter",
+                   help="how to learn: the paper's way, or one of those it compares with, at their published settings, which are for "
+                        "large bases; sample those with --lambdas \"1*50\" (default: %(default)s)")
+    p.add_argument("--targets", choices=["all", "cross"], default="all", help="LoRA on all spatial attention, or on the cross-attention "
+                                                                           "alone (paper, Table 2) (default: %(default)s)")
+    p.add_argument("--word_steps", type=int, help="dreamvideo: of --steps, the first that learn V* alone (published: 3,000)")
+    p.add_argument("--word_lr", type=float, help="dreamvideo: learning rate of V* (published: 1e-4)")
     p.add_argument("--prior", type=Path, help="folder with pictures or videos of the class; left out: the base makes pictures, once")
     p.add_argument("--num_prior", type=int, help="number of prior pictures or videos (paper: 200)")
     p.add_argument("--prior_motion", action="store_true", help="let the base make moving clips for the prior, not pictures")
@@ -385,7 +409,14 @@ def parse_args():
     p.add_argument("--resume", default="", help="go on with a run: its folder, one of its step-* folders, or latest")
     args = p.parse_args()
     check_placeholder(args.placeholder)
-    check_flags(args, num_prior=(1, 100_000), alpha=(0, 1000), rank=(1, 1024), lr=(0, 1), weight_decay=(0, 1),
+    if args.targets != "all" and args.method != "customcrafter":
+        raise BadInput(f"--targets {args.targets}: belongs to --method customcrafter; leave it out")
+    if args.method != "dreamvideo" and not (args.word_steps is args.word_lr is None):
+        raise BadInput("--word_steps and --word_lr: belong to --method dreamvideo; leave them out")
+    for flag, value in PUBLISHED[args.method].items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
+    check_flags(args, word_steps=(0, 10**7), word_lr=(0, 1), num_prior=(1, 100_000), alpha=(0, 1000), rank=(1, 1024), lr=(0, 1), weight_decay=(0, 1),
                 train_steps=(1, 10**7), batch_size=(1, 1024), frames=(1, 1024), height=(8, 8192), width=(8, 8192),
                 seed=(0, 2**31), grad_accum=(1, 1024),
                 save_every=(1, 10**7), keep_last=(1, 10**7), preview_every=(0, 10**7))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import check_placeholder, crop, load_photos, load_picture, noise_sample, still_video, subject_sample
+from data import check_placeholder, crop, load_photos, load_picture, noise_sample, rescaled_sample, still_video, subject_sample
 from model import BadInput
 
 
@@ -67,8 +67,8 @@ def test_samples_follow_from_their_number(photos_folder):
     assert len(photos) == 3
     sample = lambda i, seed=0: subject_sample(photos, i, seed, 32, 48, "V* dog")
     for i in range(6):
-        (a, text), (b, again) = sample(i), sample(i)
-        assert torch.equal(a, b) and text == again and "V*" in text
+        (a, text, weight), (b, again, _) = sample(i), sample(i)
+        assert torch.equal(a, b) and text == again and "V*" in text and torch.equal(weight, torch.ones(4, 6))
     assert not torch.equal(sample(0)[0], sample(0, seed=1)[0])
     captions = [sample(i)[1] for i in range(30)]
     assert captions.count("V* on a table") == 10                      # every photo once an epoch; its own caption is used
@@ -77,6 +77,24 @@ def test_samples_follow_from_their_number(photos_folder):
     assert t == t2 and torch.equal(eps, eps2)
     levels = [noise_sample(i, 0, (1,), 1000)[0] for i in range(400)]
     assert min(levels) < 30 and max(levels) > 970 and 450 < np.mean(levels) < 550
+
+
+def test_custom_diffusions_rescaling(photos_folder):
+    """Words, grey border and loss weight belong together, in the proportions that its authors give."""
+    photos, kinds = load_photos(photos_folder, 128)[:1], []
+    for i in range(300):
+        frame, caption, weight = rescaled_sample(photos, i, 0, 128, 192, "V* dog")
+        assert caption.endswith("photo of a V* dog") and frame.shape == (3, 128, 192)
+        kinds.append(caption.removesuffix("photo of a V* dog").strip())
+        assert weight.mean().item() == pytest.approx(1, abs=1e-5)
+        cells = frame.unfold(1, 8, 8).unfold(2, 8, 8).abs().amax(dim=(0, 3, 4))     # (16, 24), 0 where all is grey
+        if kinds[-1] in ("a far away", "very small"):
+            assert (cells[weight > 0] > 0).all() and 0 < (weight > 0).sum() < (cells > 0).sum() < 16 * 24
+        else:
+            assert torch.equal(weight, torch.ones(16, 24)) and (cells > 0).all()
+    share = lambda *words: sum(kind in words for kind in kinds) / len(kinds)
+    assert share("a far away", "very small") == pytest.approx(2 / 3 * 0.4, abs=0.08)
+    assert share("zoomed in", "close up") == pytest.approx(1 / 3, abs=0.08) and len(set(kinds)) == 5
 
 
 def test_still_video_repeats_one_latent():

@@ -3,9 +3,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import sample
+import train
 from conftest import ROOT, run
-from lora import load_subject
-from model import load_base
+from lora import class_embedding, load_subject
+from model import BadInput, load_base
 
 
 def flags(base_folder, photos_folder, *more):
@@ -101,3 +103,55 @@ def test_help_names_every_setting(tmp_path):
             "sample.py": "base subject prompt lambda_s lambda_l K steps cfg eta fps save_fps frames height width seed num precision out"}.items():
         text = run(script, "--help", cwd=ROOT).stdout
         assert all(f"--{name} " in text or f"--{name}\n" in text for name in names.split()), script
+
+
+def in_process(module, monkeypatch, folder, *flags):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.argv", [module.__name__, *map(str, flags)])
+    module.main()
+
+
+def test_dreamvideo_learns_the_word_and_then_the_adapters(base_folder, photos_folder, tmp_path, monkeypatch):
+    common = flags(base_folder, photos_folder, "--method", "dreamvideo", "--lr", 0.01, "--word_lr", 0.02, "--word_steps", 2,
+                   "--save_every", 1, "--keep_last", 9)
+    in_process(train, monkeypatch, tmp_path, *common, "--steps", 4, "--out", "x")
+    base = load_base(base_folder)
+    saves = [load_subject(path, base) for path in sorted((tmp_path / "x").glob("step-*/*.safetensors"))]
+    words = [class_embedding(base.text_encoder, "dog"), *(s.v_star for s in saves)]
+    moved = [not torch.equal(a, b) for a, b in zip(words, words[1:])]
+    learned = [any(x[3].abs().sum() > 0 for x in s.adapters.values()) for s in saves]
+    assert moved == [True, True, False, False] and learned == [False, False, True, True]
+    in_process(train, monkeypatch, tmp_path, *common, "--steps", 3, "--out", "y")   # across the change, and back from a save
+    in_process(train, monkeypatch, tmp_path, *common, "--steps", 4, "--resume", "y")
+    a, b = (load_file(tmp_path / out / "subject.safetensors") for out in "xy")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not (tmp_path / "runs").exists()                                             # no prior
+    in_process(sample, monkeypatch, tmp_path, "--base", base_folder, "--subject", "x/subject.safetensors", "--lambdas", "1*4")
+    assert list((tmp_path / "outputs").glob("*.mp4"))
+
+
+def test_custom_diffusion_starts_from_a_rare_word(base_folder, photos_folder, tmp_path, monkeypatch):
+    common = flags(base_folder, photos_folder, "--method", "custom_diffusion", "--lr", 1e-6, "--steps", 1)
+    in_process(train, monkeypatch, tmp_path, *common, "--out", "x")
+    base = load_base(base_folder)
+    subject = load_subject(tmp_path / "x" / "subject.safetensors", base)
+    assert torch.allclose(subject.v_star[0], base.text_encoder.token_embedding.weight[42170], atol=1e-5)
+    assert all(delta.abs().sum() > 0 for delta, in subject.full.values()) and not subject.lora
+    assert list((tmp_path / "runs" / "prior").glob("*/*.png"))                          # its prior loss has weight 1
+    in_process(sample, monkeypatch, tmp_path, "--base", base_folder, "--subject", "x/subject.safetensors")
+    assert list((tmp_path / "outputs").glob("*.mp4"))
+
+
+def test_published_settings_are_the_defaults_and_flags_go_first(base_folder, photos_folder, monkeypatch):
+    def parsed(*more):
+        monkeypatch.setattr("sys.argv", ["train.py", *map(str, flags(base_folder, photos_folder, *more))])
+        return train.parse_args()
+
+    assert parsed().lr is None                                                          # the base's own
+    args = parsed("--method", "dreamvideo")
+    assert (args.lr, args.train_steps, args.word_lr, args.word_steps, args.alpha) == (1e-5, 4000, 1e-4, 3000, 0)
+    args = parsed("--method", "custom_diffusion", "--lr", 1e-4)
+    assert (args.lr, args.alpha, args.word_steps) == (1e-4, 1, None)
+    for more in (["--targets", "cross", "--method", "dreamvideo"], ["--word_lr", 1e-4]):
+        with pytest.raises(BadInput, match=f"{more[0]}.*--method"):
+            parsed(*more)
