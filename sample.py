@@ -178,7 +178,7 @@ def parse_args():
     p.add_argument("--subject", action="append", default=[],
                    help="subject.safetensors, or none; more than once for several subjects; left out: the newest under runs/, "
                         "else the committed one")
-    p.add_argument("--prompt", default="", help="what to show; the subject's placeholder (V*) stands for the subject")
+    p.add_argument("--prompt", default="", help="what to show; the subject's placeholder (V*) stands for the subject, and is left out with --subject none")
     p.add_argument("--prompts", type=Path, help="text file with a prompt on each line; lines that begin with # are left out")
     p.add_argument("--negative_prompt", default="", help="what to steer away from, in place of the empty prompt")
     p.add_argument("--lambda_s", type=float, help="LoRA strength in the first K steps, where motion forms (paper: 0.4)")
@@ -308,6 +308,8 @@ def read_prompts(args, d, subjects):
         if not subjects:
             raise BadInput("--prompt: is needed where there is no subject")
         prompts = [default_prompt(d, subjects)]
+    if not subjects:  # the base alone, asked what a subject's prompts ask
+        prompts = [without_placeholders(prompt, ["V*"]) for prompt in prompts]
     tokenizer = Tokenizer(words)
     for prompt in prompts:
         ids = tokenizer.encode(prompt)

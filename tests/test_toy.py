@@ -11,7 +11,7 @@ from conftest import ROOT, run
 from lora import load_subject
 from model import BadInput, Tokenizer, load_base
 from toy import experiment
-from toy.experiment import OPPOSITE, Table, against, draw_scenes
+from toy.experiment import OPPOSITE, Table, against, draw_scenes, train_subjects
 from toy.world import (COLOURS, DIRECTIONS, GROUNDS, SHAPES, SPEED, SUBJECTS, caption, draw_clip, draw_photos, held_out, measure,
                        random_scene)
 
@@ -92,6 +92,17 @@ def test_an_interrupted_table_goes_on(tmp_path, monkeypatch, toy):
     assert Image.open(tmp_path / "x.png").size == (8 * 64, 4 * (64 + 14))
     with pytest.raises(BadInput, match="other settings"):
         Table(Namespace(clips=7, out=tmp_path, rank=0, world=1), toy, "x")
+
+
+def test_runs_are_trained_once_and_finished(base_folder, photos_folder, tmp_path, capfd):
+    args = Namespace(out=tmp_path, base=base_folder, rank=0, world=1)
+    for steps, trained in ((2, True), (2, False), (3, True)):
+        folder = train_subjects(args, {"long": ["--steps", steps, "--images", photos_folder, "--class_word", "dog", "--alpha", 0]})["long"]
+        assert ("wrote" in capfd.readouterr().out) == trained
+    assert [path.name for path in sorted(folder.glob("step-*"))] == ["step-000002", "step-000003"]
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 3
+    with pytest.raises(BadInput, match="training wrong"):
+        train_subjects(args, {"wrong": ["--steps", 1, "--images", tmp_path / "none", "--class_word", "dog"]})
 
 
 @pytest.mark.parametrize("name", SUBJECTS)

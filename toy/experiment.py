@@ -2,17 +2,20 @@
 
     python toy/experiment.py base       # does the base show what captions say? Clips of unseen seeds, half of them held out
     python toy/experiment.py decided    # at which sampling step is the direction of motion decided?
-    python toy/experiment.py claim      # constant lambda against the paper's schedule, on a subject that train.py learned
-    python toy/experiment.py steps --run runs/berry    # the same two against training steps, over a run's saves
+    python toy/experiment.py claim      # constant lambda against the paper's schedule and others, after long training
+    python toy/experiment.py steps      # constant lambda and the paper's schedule against training steps
+    python toy/experiment.py sweep      # the same two for other ranks, learning rates, training lengths and priors
+    python toy/experiment.py methods    # the rows of the paper's Tables 1 and 2, over three subjects
 
-Each prints a table, and writes it with a picture into --out (outputs/experiment). Numbers are means over clips, each with its
-standard error; clip n of every row has the same prompt and the same seed. Rows that are there already are not made again.
-`torchrun --nproc_per_node 2 toy/experiment.py ...` shares every row, which is faster on CPU cores too.
+Each trains what it needs, prints a table, and writes it with a picture into --out (outputs/experiment). Numbers are means over
+clips, each with its standard error; clip n of every row has the same prompt and the same seed. What is there already is not
+made again. `torchrun --nproc_per_node 2 toy/experiment.py ...` shares the work, which is faster on CPU cores too.
 """
 import argparse
 import itertools
 import json
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,36 +29,51 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from lora import load_subject
 from model import ROOT, BadInput, Tokenizer, complete_or_absent, load_base, run_script
-from sample import ddim_steps, find_subjects, generate, labelled, slug, two_step_schedule
+from sample import ddim_steps, generate, labelled, parse_lambdas, slug
 from toy.world import (DIRECTIONS, GROUNDS, SPEED, SUBJECTS, caption, class_or_subject, draw_clip, draw_photos, likeness, measure,
                        random_scene)
+from train import newest_save
 
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
-# lambda_s, lambda_l, K of every row of the claim; fixed before any was sampled.
-PAPER = (0.4, 0.8, 5)
-SCHEDULES = {"constant 1.0": (1.0, 1.0, 0), "constant 0.8": (0.8, 0.8, 0), "constant 0.4": (0.4, 0.4, 0),
-             "0.4 then 0.8, K = 5 (paper)": PAPER, "0.4 then 0.8, K = 2": (0.4, 0.8, 2),
-             "0.4 then 0.8, K = 10": (0.4, 0.8, 10), "0.4 then 0.8, K = 20": (0.4, 0.8, 20),
-             "0.0 then 0.8, K = 5": (0.0, 0.8, 5), "0.2 then 0.8, K = 5": (0.2, 0.8, 5), "0.6 then 0.8, K = 5": (0.6, 0.8, 5)}
+# All fixed before any was sampled.
+PAPER = "0.4*5,0.8*45"
+SCHEDULES = {"constant 1.0": "1*50", "constant 0.8": "0.8*50", "constant 0.4": "0.4*50", "0.4 then 0.8, K = 5 (paper)": PAPER,
+             "0.4 then 0.8, K = 2": "0.4*2,0.8*48", "0.4 then 0.8, K = 10": "0.4*10,0.8*40",
+             "0.4 then 0.8, K = 20": "0.4*20,0.8*30", "0.0 then 0.8, K = 5": "0*5,0.8*45", "0.2 then 0.8, K = 5": "0.2*5,0.8*45",
+             "0.6 then 0.8, K = 5": "0.6*5,0.8*45", "0.4, a ramp over 10, 0.8": "0.4*5,0.4>0.8*10,0.8*35"}
+# The paper trains far longer than a subject's likeness needs; so does the claim.
+LONG = {"long": ["--steps", 2000, "--save_every", 250, "--keep_last", 8]}
+SHORT = ["--steps", 500, "--save_every", 250]
+SWEEP = {"defaults": SHORT, "rank 2": [*SHORT, "--rank", 2], "rank 32": [*SHORT, "--rank", 32], "lr 0.001": [*SHORT, "--lr", 0.001],
+         "lr 0.004": [*SHORT, "--lr", 0.004], "moving prior": [*SHORT, "--prior_motion"], "no prior": [*SHORT, "--alpha", 0]}
+METHODS_STEPS = ["--steps", 500, "--save_every", 250]
+# Learning rates: the published ones times 67, as this base's own is 67 times the paper's; all train equally long.
+METHODS = {"Custom Diffusion": [*METHODS_STEPS, "--method", "custom_diffusion", "--lr", 5e-3],
+           "DreamVideo": [*METHODS_STEPS, "--method", "dreamvideo", "--word_lr", 6.7e-3, "--word_steps", 375, "--lr", 6.7e-4],
+           "cross": [*METHODS_STEPS, "--targets", "cross"], "all": METHODS_STEPS}
+# Row -> run, schedule.
+ROWS = {"base, class word": ("all", None), "Custom Diffusion": ("Custom Diffusion", "1*50"), "DreamVideo": ("DreamVideo", "1*50"),
+        "LoRA on cross-attention, constant 0.8": ("cross", "0.8*50"), "LoRA on all spatial attention, constant 0.8": ("all", "0.8*50"),
+        "the same, 0.4 then 0.8, K = 5 (CustomCrafter)": ("all", PAPER)}
+THREE = ("berry", "ember", "bee")
 
 
 def main():
     p = argparse.ArgumentParser(description="Measure the embedded base and the paper's claim on it.")
-    p.add_argument("what", choices=["base", "decided", "claim", "steps"])
+    p.add_argument("what", choices=["base", "decided", "claim", "steps", "sweep", "methods"])
     p.add_argument("--base", type=Path, default=ROOT / "toy" / "base", help="base folder (default: %(default)s)")
-    p.add_argument("--subject", default="", help="claim: subject.safetensors learned from one of toy/subjects "
-                                                 "(default: the newest under runs/, else the committed one)")
-    p.add_argument("--run", type=Path, help="steps: folder of a run of train.py with several saves")
-    p.add_argument("--clips", type=int, help="clips per row (default: base 256, claim 128, else 64)")
+    p.add_argument("--subject", help="claim: subject.safetensors learned from one of toy/subjects (default: one trained for long)")
+    p.add_argument("--clips", type=int, help="clips per row (default: base 256, claim 128, sweep 32, methods 32 a subject, else 64)")
     p.add_argument("--out", type=Path, default=Path("outputs/experiment"), help="folder for results (default: %(default)s)")
     args = p.parse_args()
-    args.clips = args.clips or {"base": 256, "claim": 128}.get(args.what, 64)
+    args.clips = args.clips or {"base": 256, "claim": 128, "sweep": 32, "methods": 32}.get(args.what, 64)
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.world > 1:
         dist.init_process_group("gloo")
     base = load_base(args.base, f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    {"base": measure_base, "decided": measure_decision, "claim": measure_claim, "steps": measure_steps}[args.what](args, base)
+    {"base": measure_base, "decided": measure_decision, "claim": measure_claim, "steps": measure_steps,
+     "sweep": measure_sweep, "methods": measure_methods}[args.what](args, base)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,8 +89,9 @@ def measure_base(args, base):
         return against(scenes[i], measure(clip, scenes[i].fps), ("direction", "colour", "shape", "ground")) | error
 
     table.fill("base", [caption(scene) for scene in scenes], judge, examples=12)
-    photos = np.concatenate([draw_photos(name) for name in SUBJECTS])
-    print(f"VAE on the subjects' photos: {np.mean([psnr(base, photo) for photo in photos]):.1f} dB")
+    if args.rank == 0:
+        photos = np.concatenate([draw_photos(name) for name in SUBJECTS])
+        print(f"VAE on the subjects' photos: {np.mean([psnr(base, photo) for photo in photos]):.1f} dB")
 
 
 def measure_decision(args, base):
@@ -85,33 +104,77 @@ def measure_decision(args, base):
         direction = measure(clip, scenes[i].fps).direction
         return {"first word": direction == scenes[i].direction, "second word": direction == OPPOSITE[scenes[i].direction]}
 
-    for k in (0, 1, 2, 3, 5, 7, 10, 15, 20):
+    for k in (1, 2, 3, 5, 7, 10, 20):
         table.fill(f"k = {k}", texts, judge, later_prompts=others, k=k)
 
 
 def measure_claim(args, base):
     """Motion, composition and likeness of a learned subject at every lambda schedule; the base as reference."""
-    path, = find_subjects([args.subject] if args.subject else [], base.config.fingerprint)
-    subject, name = load_known_subject(path, base)
+    subject, name = load_known_subject(args.subject or train_subjects(args, LONG)["long"] / "subject.safetensors", base)
     table = Table(args, base, f"claim-{name}", subject=subject.fingerprint())
     compare_schedules(table, base, subject, name, {"base, class word": None, **SCHEDULES})
 
 
 def measure_steps(args, base):
-    """Constant lambda and the paper's schedule on every save of one run of train.py."""
-    saves = sorted(args.run.glob("step-*/subject.safetensors")) if args.run else []
-    if not saves:
-        raise BadInput(f"--run {args.run}: holds no saves (step-*/subject.safetensors); train with --save_every and --keep_last")
-    table = Table(args, base, f"steps-{slug(args.run.name)}", run=str(args.run))
-    lines = {"constant 0.8": {}, "0.4 then 0.8, K = 5": {}}
-    for path in saves:
-        subject, name = load_known_subject(path, base)
-        rows = {f"{subject.steps} steps, {line}": (0.8, 0.8, 0) if "constant" in line else PAPER for line in lines}
-        compare_schedules(table, base, subject, name, rows)
-        for line, row in zip(lines, rows):
-            lines[line][subject.steps] = {metric: np.mean(values) for metric, values in table.rows[row].items()}
+    """Constant lambda and the paper's schedule on every save of the long run."""
+    lines = compare_saves(args, base, "steps", train_subjects(args, LONG))
     if args.rank == 0:
-        plot(args.out / f"{table.name}-plot.png", lines, ("direction", "distance", "frozen", "likeness"))
+        plot(args.out / "steps-plot.png", lines, ("direction", "distance", "frozen", "likeness"))
+
+
+def measure_sweep(args, base):
+    """The same two, one training setting changed at a time."""
+    compare_saves(args, base, "sweep", train_subjects(args, SWEEP))
+
+
+def measure_methods(args, base):
+    """Every method on three subjects; a row's numbers are over the clips of all of them."""
+    runs = {f"{name} {run}": [*flags, "--images", ROOT / "toy" / "subjects" / name, "--class_word", SUBJECTS[name][0]]
+            for name in THREE for run, flags in METHODS.items()}
+    folders, together = train_subjects(args, runs), {row: {} for row in ROWS}
+    for name in THREE:
+        learned = {run: load_known_subject(folders[f"{name} {run}"] / "subject.safetensors", base)[0] for run in METHODS}
+        table = Table(args, base, f"methods-{name}", subjects={run: subject.fingerprint() for run, subject in learned.items()})
+        for row, (run, schedule) in ROWS.items():
+            compare_schedules(table, base, learned[run], name, {row: schedule})
+            for metric, values in table.rows[row].items():
+                together[row].setdefault(metric, []).extend(values)
+    if args.rank == 0:
+        print(f"all {len(THREE)} subjects:")
+        for row, values in together.items():
+            print_row(row, values, row == next(iter(ROWS)))
+
+
+def train_subjects(args, runs):
+    """Name -> flags of train.py, which makes a run of each under --out/runs. Returns name -> folder. A process takes one run at a time."""
+    folders = {name: args.out / "runs" / slug(name) for name in runs}
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    if len(runs) < args.world:
+        environment.pop("OMP_NUM_THREADS", None)  # a run on its own has all cores
+    for name, flags in list(runs.items())[args.rank::args.world]:
+        if not (folders[name] / f"step-{flags[1 + flags.index('--steps')]:06d}").exists():
+            start = ["--resume" if newest_save(folders[name]) else "--out", folders[name]]
+            command = [sys.executable, ROOT / "train.py", "--base", args.base, *flags, *start]
+            if subprocess.run(list(map(str, command)), env=environment).returncode:
+                raise BadInput(f"training {name}: stopped, see above; the same command goes on with it")
+    if args.world > 1:
+        dist.barrier()
+    return folders
+
+
+def compare_saves(args, base, title, folders):
+    """Rows for every save of every run, at constant lambda and with the paper's schedule. Returns schedule -> steps -> metric -> mean."""
+    saves = {name: [load_known_subject(path, base) for path in sorted(folder.glob("step-*/subject.safetensors"))]
+             for name, folder in folders.items()}
+    table = Table(args, base, title, subjects={name: subjects[-1][0].fingerprint() for name, subjects in saves.items()})
+    lines = {"constant 0.8": {}, "0.4 then 0.8, K = 5": {}}
+    for name, subjects in saves.items():
+        for subject, look in subjects:
+            for (label, line), schedule in zip(lines.items(), ("0.8*50", PAPER)):
+                row = f"{name}, {subject.steps} steps, {label}"
+                compare_schedules(table, base, subject, look, {row: schedule})
+                line[subject.steps] = {metric: np.mean(values) for metric, values in table.rows[row].items()}
+    return lines
 
 
 def load_known_subject(path, base):
@@ -124,7 +187,7 @@ def load_known_subject(path, base):
 
 
 def compare_schedules(table, base, subject, name, schedules):
-    """A row for each schedule (lambda_s, lambda_l, K), or None for the base with the class word; every direction and ground in turn."""
+    """A row for each schedule, as sample.py's --lambdas, or None for the base with the class word; every direction and ground in turn."""
     places = itertools.cycle((d, g) for g in GROUNDS for d in DIRECTIONS)
     scenes = [replace(scene, direction=direction, ground=ground)
               for scene, (direction, ground) in zip(draw_scenes(table.args.clips), places)]
@@ -137,7 +200,7 @@ def compare_schedules(table, base, subject, name, schedules):
     for row, schedule in schedules.items():
         words = f"{subject.placeholder} {subject.class_word}" if schedule else subject.class_word
         prompts = [f"a {words} moving {scene.direction} on the {scene.ground}" for scene in scenes]
-        how = dict(subjects=[subject], lambdas=two_step_schedule(*schedule, d.steps)) if schedule else {}
+        how = dict(subjects=[subject], lambdas=parse_lambdas(schedule, d.steps)) if schedule else {}
         table.fill(row, prompts, judge, **how)
 
 
@@ -174,10 +237,7 @@ class Table:
             if args.rank == 0:
                 self.save(row, [shown[i] for i in sorted(shown)])
         if args.rank == 0:
-            numbers = {metric: f"{np.mean(x):.3f} ± {np.std(x) / len(x) ** 0.5:.3f}" for metric, x in self.rows[row].items()}
-            if row == next(iter(self.rows)):
-                print(f"| {args.clips} clips a row | " + " | ".join(numbers) + " |\n" + "|---" * (1 + len(numbers)) + "|")
-            print(f"| {row} | " + " | ".join(numbers.values()) + " |", flush=True)
+            print_row(row, self.rows[row], row == next(iter(self.rows)))
 
     def save(self, row, clips):
         """The rows so far as JSON; a strip with the row's first clips, a clip a line, below the strips of the rows before."""
@@ -193,6 +253,13 @@ class Table:
 
 
 BATCH = 16  # clips sampled at once
+
+
+def print_row(row, values, first):
+    """Metric -> a number a clip, as a line of a Markdown table: means and standard errors."""
+    if first:
+        print(f"| {len(next(iter(values.values())))} clips a row | " + " | ".join(values) + " |\n" + "|---" * (1 + len(values)) + "|")
+    print(f"| {row} | " + " | ".join(f"{np.mean(x):.3f} ± {np.std(x) / len(x) ** 0.5:.3f}" for x in values.values()) + " |", flush=True)
 
 
 def gathered(mine, world):

@@ -29,10 +29,10 @@ from model import (TRAIN_STEPS, BaseConfig, Defaults, NoiseSchedule, ScheduleCon
 from toy.world import SIZE, caption, draw_clip, random_look, random_scene
 
 FRAMES = 8
-LATENT_STD = 1.4  # of the scaled latents: the larger, the more noise it takes to hide which way a clip moves
+LATENT_STD = 12  # of the scaled latents: the larger, the more noise it takes to hide which way a clip moves
 CONFIG = BaseConfig(
     name="toy",
-    schedule=ScheduleConfig(),
+    schedule=ScheduleConfig(beta_end=0.025),
     text=TextConfig(width=64, heads=4, layers=2),
     vae=VAEConfig(channels=16, channel_mult=(1, 2, 4, 4), num_res_blocks=1, norm_groups=4),
     unet=UNetConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2), head_channels=16,
