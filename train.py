@@ -384,7 +384,7 @@ def parse_args():
     p.add_argument("--targets", choices=["all", "cross"], default="all", help="LoRA on all spatial attention, or on the cross-attention "
                                                                            "alone (paper, Table 2) (default: %(default)s)")
     p.add_argument("--word_steps", type=int, help="dreamvideo: of --steps, the first that learn V* alone (published: 3,000)")
-    p.add_argument("--word_lr", type=float, help="dreamvideo: learning rate of V* (published: 1e-4)")
+    p.add_argument("--word_lr", type=float, help="learning rate of V*, if not --lr (dreamvideo, published: 1e-4)")
     p.add_argument("--prior", type=Path, help="folder with pictures or videos of the class; left out: the base makes pictures, once")
     p.add_argument("--num_prior", type=int, help="number of prior pictures or videos (paper: 200)")
     p.add_argument("--prior_motion", action="store_true", help="let the base make moving clips for the prior, not pictures")
@@ -411,13 +411,13 @@ def parse_args():
     check_placeholder(args.placeholder)
     if args.targets != "all" and args.method != "customcrafter":
         raise BadInput(f"--targets {args.targets}: belongs to --method customcrafter; leave it out")
-    if args.method != "dreamvideo" and not (args.word_steps is args.word_lr is None):
-        raise BadInput("--word_steps and --word_lr: belong to --method dreamvideo; leave them out")
+    if args.method != "dreamvideo" and args.word_steps is not None:
+        raise BadInput("--word_steps: belongs to --method dreamvideo; leave it out")
     for flag, value in PUBLISHED[args.method].items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
-    check_flags(args, word_steps=(0, 10**7), word_lr=(0, 1), num_prior=(1, 100_000), alpha=(0, 1000), rank=(1, 1024), lr=(0, 1), weight_decay=(0, 1),
-                train_steps=(1, 10**7), batch_size=(1, 1024), frames=(1, 1024), height=(8, 8192), width=(8, 8192),
+    check_flags(args, word_steps=(0, 10**7), word_lr=(0, 1), num_prior=(1, 100_000), alpha=(0, 1000), rank=(1, 1024), lr=(0, 1),
+                weight_decay=(0, 1), train_steps=(1, 10**7), batch_size=(1, 1024), frames=(1, 1024), height=(8, 8192), width=(8, 8192),
                 seed=(0, 2**31), grad_accum=(1, 1024),
                 save_every=(1, 10**7), keep_last=(1, 10**7), preview_every=(0, 10**7))
     return args

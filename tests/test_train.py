@@ -152,6 +152,6 @@ def test_published_settings_are_the_defaults_and_flags_go_first(base_folder, pho
     assert (args.lr, args.train_steps, args.word_lr, args.word_steps, args.alpha) == (1e-5, 4000, 1e-4, 3000, 0)
     args = parsed("--method", "custom_diffusion", "--lr", 1e-4)
     assert (args.lr, args.alpha, args.word_steps) == (1e-4, 1, None)
-    for more in (["--targets", "cross", "--method", "dreamvideo"], ["--word_lr", 1e-4]):
+    for more in (["--targets", "cross", "--method", "dreamvideo"], ["--word_steps", 10]):
         with pytest.raises(BadInput, match=f"{more[0]}.*--method"):
             parsed(*more)
