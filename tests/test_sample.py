@@ -205,6 +205,12 @@ def test_prompts_file_and_shared_work(base, base_folder, tmp_path, call):
     assert all(one[name].read_bytes() == two[name].read_bytes() for name in one)
 
 
+def test_the_base_alone_is_asked_what_its_subjects_are(base_folder, tmp_path, call):
+    call("--base", base_folder, "--subject", "none", "--prompt", "a V* dog on the grass", "--seed", 3)
+    facts = json.loads((tmp_path / "outputs" / "a-dog-on-the-grass-3.json").read_text())
+    assert facts["prompt"] == "a dog on the grass" and facts["subjects"] == []
+
+
 def test_several_subjects(base, base_folder, tmp_path, call):
     """Both updates and both words: at zero strength of the updates, both words still count."""
     from dataclasses import replace
