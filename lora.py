@@ -45,7 +45,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, rank):
         super().__init__()
         self.base = base
-        self.lam = 1.0  # lambda
+        self.lam = 1.0
         # A and B stay in float32 whatever the frozen weights are in: their steps are too small for bfloat16.
         # Hu et al. 2021: A is Gaussian and B zero, so that step 0 computes the base exactly.
         A, B = torch.randn(rank, base.in_features) / base.in_features ** 0.5, torch.zeros(base.out_features, rank)
@@ -70,9 +70,8 @@ def wrap(unet, names, layer):
     """Puts layer(module) in the place of each named module. Returns name -> layer."""
     layers = {}
     for name in names:
-        parent, _, child = name.rpartition(".")
         layers[name] = layer(unet.get_submodule(name))
-        setattr(unet.get_submodule(parent), child, layers[name])
+        unet.set_submodule(name, layers[name])
     return layers
 
 
@@ -99,11 +98,17 @@ class MergedLoRA:
     """
 
     def __init__(self, unet: UNet, *subjects: "Subject"):
-        names = dict.fromkeys(name for s in subjects for name in (*s.lora, *s.full))
-        self.layers = [(unet.get_submodule(name), [s for s in subjects if name in s.lora or name in s.full], name) for name in names]
-        self.originals = [linear.weight.detach().clone() for linear, *_ in self.layers]
-        self.adapters = [(unet.get_submodule(name), tensors) for s in subjects for name, tensors in s.adapters.items()]
-        self.blocks = [(block, block.norm2, block.attn2) for block, _ in self.adapters]
+        updates = {}
+        for s in subjects:
+            for name, tensors in (*s.lora.items(), *s.full.items()):
+                updates.setdefault(name, []).append(tensors)
+        self.layers = [(unet.get_submodule(name), learned) for name, learned in updates.items()]
+        self.originals = [linear.weight.detach().clone() for linear, _ in self.layers]
+        blocks = [(unet.get_submodule(name), tensors) for s in subjects for name, tensors in s.adapters.items()]
+        self.without = [(block, block.norm2, block.attn2) for block, _ in blocks]
+        self.adapters = [Adapter(block, tensors) for block, tensors in blocks]
+        self.with_adapters = [(block, block.norm2, block.attn2) for block, _ in blocks]
+        self._put(self.without)
         self.lam = 0.0
 
     @torch.no_grad()
@@ -111,17 +116,27 @@ class MergedLoRA:
         """lambda = 0 restores the base bit for bit. Setting the value already set costs nothing."""
         if lam == self.lam:
             return
-        for (linear, subjects, name), W_0 in zip(self.layers, self.originals):
+        for (linear, learned), W_0 in zip(self.layers, self.originals):
             if lam == 0:
                 linear.weight.copy_(W_0)
             else:
-                update = sum(s.update(name).to(W_0.device) for s in subjects)
+                update = sum(whole(tensors, W_0.device) for tensors in learned)
                 linear.weight.copy_(W_0.float() + lam * update)             # Eq. 2
-        for block, norm2, attn2 in self.blocks:
-            block.norm2, block.attn2 = norm2, attn2
-        for block, tensors in self.adapters if lam else ():
-            Adapter(block, lam, tensors)
+        for adapter in self.adapters:
+            adapter.lam = lam
+        self._put(self.with_adapters if lam else self.without)
         self.lam = lam
+
+    @staticmethod
+    def _put(blocks):
+        for block, norm2, attn2 in blocks:
+            block.norm2, block.attn2 = norm2, attn2
+
+
+def whole(tensors, device):
+    """(A, B), or (a whole matrix,) -> the update of a linear, (C_out, C_in), on `device`."""
+    *A, B = (x.to(device) for x in tensors)
+    return B @ A[0] if A else B
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,13 +170,6 @@ class Subject:
         """What is learned, under the names that the file gives it (for LoRA, PEFT's)."""
         return {"v_star": self.v_star, **{f"unet.{name}.{end}": x for kind, ends in TENSORS.items()
                                           for name, layer in getattr(self, kind).items() for end, x in zip(ends, layer)}}
-
-    def update(self, name):
-        """The learned update of the linear `name`, (C_out, C_in): B A, or a whole matrix."""
-        if name in self.full:
-            return self.full[name][0]
-        A, B = self.lora[name]
-        return B @ A
 
     def fingerprint(self):
         """16 hex digits that tell this subject's tensors from another's."""
@@ -272,12 +280,12 @@ class Adapter(nn.Module):
     It takes the places of its block's norm2 and attn2.
     """
 
-    def __init__(self, block: TransformerBlock, lam=1.0, tensors=None):
+    def __init__(self, block: TransformerBlock, tensors=()):
         super().__init__()
-        self.norm, self.attn, self.lam = block.norm2, block.attn2, lam
+        self.norm, self.attn, self.lam = block.norm2, block.attn2, 1.0
         d, device = block.norm3.normalized_shape[0], block.norm3.weight.device
         self.down, self.up = nn.Linear(d, d // 2, device=device), zeroed(nn.Linear(d // 2, d, device=device))
-        for p, value in zip(self.tensors(), tensors or ()):
+        for p, value in zip(self.tensors(), tensors):
             p.data = value.to(device)
         block.norm2, block.attn2 = nn.Identity(), self
 

@@ -27,9 +27,10 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from data import still_video
-from lora import MergedLoRA, Subject, add_lora, target_names
+from lora import MergedLoRA, add_lora
 from model import PARTS, VOCAB_SIZE, Base, BaseConfig, NoiseSchedule, build_part, complete_or_absent, load_base, run_script
 from sample import check_flags, ddim, peak_memory, pick_precision, two_step_schedule
+from test_lora import random_subject
 
 
 def main():
@@ -117,12 +118,6 @@ def random_inputs(base, d, clips):
     return z, t, fps, torch.randn(clips, 77, base.config.text.width, device=base.device)
 
 
-def random_subject(base, rank):
-    linears = {name: base.unet.get_submodule(name) for name in target_names(base.unet)}
-    lora = {name: (0.01 * torch.randn(rank, x.in_features), 0.01 * torch.randn(x.out_features, rank)) for name, x in linears.items()}
-    return Subject("V*", "dog", rank, base.config.name, base.config.fingerprint, 1, lora=lora, v_star=torch.randn(1, base.config.text.width))
-
-
 @contextmanager
 def explicit_attention():
     """Attention with its table of scores written out, as in the paper that introduced it."""
@@ -139,7 +134,7 @@ def explicit_attention():
 def sampling_work(base, d):
     z, t, fps, both = random_inputs(base, d, 2)
     picture = torch.rand(1, 3, d.height, d.width, device=base.device) * 2 - 1
-    strength, lambdas = MergedLoRA(base.unet, random_subject(base, d.rank)), two_step_schedule(d.lambda_s, d.lambda_l, d.K, d.steps)
+    strength, lambdas = MergedLoRA(base.unet, random_subject(base, d.rank, scale=0.01)), two_step_schedule(d.lambda_s, d.lambda_l, d.K, d.steps)
 
     def video(strength):
         ddim(base.unet, base.schedule, z[:1], lambda: torch.randn_like(z[:1]), both[:1], both[1:], fps[:1], d.steps, d.cfg, d.eta,
@@ -171,18 +166,15 @@ def training_work(base, d):
     z, t, fps, context = random_inputs(base, d, 2)
     eps, frame = torch.randn_like(z), torch.rand(d.frames, 3, d.height, d.width, device=base.device) * 2 - 1
     tokens = torch.full((1, 77), VOCAB_SIZE, device=base.device)  # V*
-    plain, parents = {}, {}
-    for name in target_names(base.unet):
-        parent, _, child = name.rpartition(".")
-        plain[name], parents[name] = base.unet.get_submodule(name), (base.unet.get_submodule(parent), child)
     layers = add_lora(base.unet, d.rank)
+    plain = {name: layer.base for name, layer in layers.items()}
     v_star = nn.Parameter(torch.randn(1, base.config.text.width, device=base.device))
     params = [v_star, *(p for layer in layers.values() for p in layer.tensors())]
     optimizer = torch.optim.AdamW(params, lr=1e-5)
 
     def put(modules):
-        for name, (parent, child) in parents.items():
-            setattr(parent, child, modules[name])
+        for name, module in modules.items():
+            base.unet.set_submodule(name, module)
 
     put(plain)
 

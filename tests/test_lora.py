@@ -21,7 +21,7 @@ def random_subject(base, rank=2, scale=0.3, method="customcrafter"):
     torch.manual_seed(2)
     targets, method = ("cross", "customcrafter") if method == "cross" else ("all", method)
     subject = Subject("V*", "dog", rank, base.config.name, base.config.fingerprint, 7, method, {"targets": targets},
-                      v_star=torch.randn(1, 32))
+                      v_star=torch.randn(1, base.config.text.width))
     kind, shapes = expected_shapes(subject, base.unet, "")
     setattr(subject, kind, {name: tuple(scale * torch.randn(shape) for shape in layer) for name, layer in shapes.items()})
     return subject

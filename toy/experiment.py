@@ -2,7 +2,7 @@
 
     python toy/experiment.py base       # does the base show what captions say? Clips of unseen seeds, half of them held out
     python toy/experiment.py decided    # at which sampling step is the direction of motion decided?
-    python toy/experiment.py claim      # constant lambda against the paper's schedule and others, after long training
+    python toy/experiment.py claim      # a subject at constant lambda, with the paper's schedule, and with others
     python toy/experiment.py steps      # constant lambda and the paper's schedule against training steps
     python toy/experiment.py sweep      # the same two for other ranks, learning rates, training lengths and priors
     python toy/experiment.py methods    # the rows of the paper's Tables 1 and 2, over three subjects
@@ -42,12 +42,12 @@ SCHEDULES = {"constant 1.0": "1*50", "constant 0.8": "0.8*50", "constant 0.4": "
              "0.4 then 0.8, K = 2": "0.4*2,0.8*48", "0.4 then 0.8, K = 10": "0.4*10,0.8*40",
              "0.4 then 0.8, K = 20": "0.4*20,0.8*30", "0.0 then 0.8, K = 5": "0*5,0.8*45", "0.2 then 0.8, K = 5": "0.2*5,0.8*45",
              "0.6 then 0.8, K = 5": "0.6*5,0.8*45", "0.4, a ramp over 10, 0.8": "0.4*5,0.4>0.8*10,0.8*35"}
-# The paper trains far longer than a subject's likeness needs; so does the claim.
-LONG = {"long": ["--steps", 2000, "--save_every", 250, "--keep_last", 8]}
-SHORT = ["--steps", 500, "--save_every", 250]
-SWEEP = {"defaults": SHORT, "rank 2": [*SHORT, "--rank", 2], "rank 32": [*SHORT, "--rank", 32], "lr 0.001": [*SHORT, "--lr", 0.001],
-         "lr 0.004": [*SHORT, "--lr", 0.004], "moving prior": [*SHORT, "--prior_motion"], "no prior": [*SHORT, "--alpha", 0]}
-METHODS_STEPS = ["--steps", 500, "--save_every", 250]
+# The default subject three times over: what becomes of motion in a long training, as the paper's is.
+LONG = {"long": ["--steps", 1600, "--save_every", 200, "--keep_last", 8]}
+SHORT = ["--steps", 500, "--save_every", 500]
+SWEEP = {"defaults": SHORT, "rank 2": [*SHORT, "--rank", 2], "rank 32": [*SHORT, "--rank", 32], "lr 0.0015": [*SHORT, "--lr", 0.0015],
+         "lr 0.006": [*SHORT, "--lr", 0.006], "moving prior": [*SHORT, "--prior_motion"], "no prior": [*SHORT, "--alpha", 0]}
+METHODS_STEPS = ["--steps", 500]
 # Learning rates: the published ones times 67, as this base's own is 67 times the paper's; all train equally long.
 METHODS = {"Custom Diffusion": [*METHODS_STEPS, "--method", "custom_diffusion", "--lr", 5e-3],
            "DreamVideo": [*METHODS_STEPS, "--method", "dreamvideo", "--word_lr", 6.7e-3, "--word_steps", 375, "--lr", 6.7e-4],
@@ -63,7 +63,7 @@ def main():
     p = argparse.ArgumentParser(description="Measure the embedded base and the paper's claim on it.")
     p.add_argument("what", choices=["base", "decided", "claim", "steps", "sweep", "methods"])
     p.add_argument("--base", type=Path, default=ROOT / "toy" / "base", help="base folder (default: %(default)s)")
-    p.add_argument("--subject", help="claim: subject.safetensors learned from one of toy/subjects (default: one trained for long)")
+    p.add_argument("--subject", type=Path, default=ROOT / "toy" / "subject.safetensors", help="claim: subject.safetensors learned from one of toy/subjects (default: %(default)s)")
     p.add_argument("--clips", type=int, help="clips per row (default: base 256, claim 128, sweep 32, methods 32 a subject, else 64)")
     p.add_argument("--out", type=Path, default=Path("outputs/experiment"), help="folder for results (default: %(default)s)")
     args = p.parse_args()
@@ -110,7 +110,7 @@ def measure_decision(args, base):
 
 def measure_claim(args, base):
     """Motion, composition and likeness of a learned subject at every lambda schedule; the base as reference."""
-    subject, name = load_known_subject(args.subject or train_subjects(args, LONG)["long"] / "subject.safetensors", base)
+    subject, name = load_known_subject(args.subject, base)
     table = Table(args, base, f"claim-{name}", subject=subject.fingerprint())
     compare_schedules(table, base, subject, name, {"base, class word": None, **SCHEDULES})
 

@@ -29,7 +29,9 @@ from model import (TRAIN_STEPS, BaseConfig, Defaults, NoiseSchedule, ScheduleCon
 from toy.world import SIZE, caption, draw_clip, random_look, random_scene
 
 FRAMES = 8
-LATENT_STD = 12  # of the scaled latents: the larger, the more noise it takes to hide which way a clip moves
+# Of the scaled latents: the larger, the more noise it takes to hide which way a clip moves, and the earlier that is decided. The
+# noise rises steeply at the end (beta_end), so that all the same little is left to see at the level where sampling starts.
+LATENT_STD = 12
 CONFIG = BaseConfig(
     name="toy",
     schedule=ScheduleConfig(beta_end=0.025),
@@ -38,7 +40,7 @@ CONFIG = BaseConfig(
     unet=UNetConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2), head_channels=16,
                     context_dim=64, norm_groups=8),
     defaults=Defaults(frames=FRAMES, height=SIZE, width=SIZE, fps=8, save_fps=8,
-                      prompt="a V* {class word} moving left on the sea", cfg=5.0, rank=8, lr=2e-3, train_steps=250,
+                      prompt="a V* {class word} moving left on the sea", cfg=2.5, rank=8, lr=3e-3, train_steps=500,
                       batch_size=2, num_prior=16))
 
 
