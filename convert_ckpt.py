@@ -7,21 +7,20 @@ Writes checkpoints/videocrafter2: config.json, unet.safetensors, vae.safetensors
 rename table, strict both ways: every name in the file is used or knowingly dropped, every tensor of ours is filled,
 shapes are equal. The source stays memory-mapped and the output is written tensor by tensor.
 """
-import argparse
 import json
 import math
 import os
 import pickle
 import re
 import shutil
-import tempfile
+import zipfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from model import PARTS, ROOT, BadInput, BaseConfig, build_part, check_tensors, fingerprint, run_script, save_config
+from model import PARTS, ROOT, BadInput, BaseConfig, FlagParser, build_part, check_tensors, fingerprint, one_line, only_writer, run_script, save_config
 
 REPO, FILE = "VideoCrafter/VideoCrafter2", "model.ckpt"
 
@@ -65,7 +64,7 @@ TEXT_END = r"^cond_stage_model\.model\.(text_projection|logit_scale|transformer\
 
 
 def main():
-    p = argparse.ArgumentParser(description="Convert the official VideoCrafter2 checkpoint.")
+    p = FlagParser(description="Convert the official VideoCrafter2 checkpoint.")
     p.add_argument("checkpoint", nargs="?", type=Path, help="local .ckpt or .safetensors file; left out: download it")
     p.add_argument("--out", type=Path, default=ROOT / "checkpoints" / "videocrafter2", help="base folder to write")
     p.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
@@ -82,16 +81,22 @@ def convert(path, out, config, dtype):
         raise BadInput(f"--out {out}: exists and is not a base folder; name another")
     plan = match_names(path, read_shapes(path), config)
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        small = {}
-        for part, names in plan.items():
-            small[part] = write_part(path, unfinished / f"{part}.safetensors", names, dtype if part == "unet" else torch.float32)
-        config.fingerprint = fingerprint(small)
-        save_config(config, unfinished / "config.json")
-        replace_folder(unfinished, out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished, old = (out.with_name(f".{out.name}-{word}") for word in ("unfinished", "old"))
+    with only_writer(unfinished, unfinished=("*",)):
+        if old.exists():  # killed between the two renamings below
+            shutil.rmtree(old) if out.exists() else os.rename(old, out)
+        try:
+            small = {}
+            for part, names in plan.items():
+                small[part] = write_part(path, unfinished / f"{part}.safetensors", names, dtype if part == "unet" else torch.float32)
+            config.fingerprint = fingerprint(small)
+            save_config(config, unfinished / "config.json")
+            if out.exists():
+                os.rename(out, old)
+            os.rename(unfinished, out)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def match_names(path, shapes, config):
@@ -159,8 +164,7 @@ def download():
     try:
         return Path(hf_hub_download(REPO, FILE))
     except Exception as error:  # the hub's, the network's and the disk's own errors share no base class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInput(f"could not download {FILE} from {REPO} ({reason}); download it by hand and pass its path") from None
+        raise BadInput(f"could not download {FILE} from {REPO} ({one_line(error)}); download it by hand and pass its path") from None
 
 
 def open_checkpoint(path):
@@ -189,7 +193,7 @@ def open_checkpoint(path):
             raise BadInput(f"{path}: its pickle would run code or build foreign objects, so it is not loaded; "
                            f"a checkpoint holds plain tensors only") from None
         raise truncated from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError):
+    except Exception:  # pickle, zip and torch each raise their own
         raise truncated from None
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not state or not all(isinstance(name, str) and torch.is_tensor(value) for name, value in state.items()):
@@ -198,7 +202,16 @@ def open_checkpoint(path):
 
 
 def read_shapes(path):
-    return open_checkpoint(path)[0]
+    """Name -> shape. Raises BadInput, also if a .ckpt's own checksums say that it is damaged (a .safetensors file has none)."""
+    shapes = open_checkpoint(path)[0]
+    if zipfile.is_zipfile(path):
+        try:
+            damaged = zipfile.ZipFile(path).testzip()
+        except Exception as error:  # zipfile, zlib and struct each raise their own
+            damaged = one_line(error)
+        if damaged:
+            raise BadInput(f"{path}: is damaged ({damaged}); download it again")
+    return shapes
 
 
 def write_part(path, out, names, dtype):
@@ -231,17 +244,6 @@ def write_part(path, out, names, dtype):
                 f.write(piece.view(torch.uint8).numpy())
             small[ours] = source.to(dtype).clone() if len(shape) <= 1 else torch.empty(shape, device="meta")
     return small
-
-
-def replace_folder(new, out):
-    """Puts the finished folder `new` in the place of `out`."""
-    if out.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-        os.rename(out, old / "base")
-        os.rename(new, out)
-        shutil.rmtree(old)
-    else:
-        os.rename(new, out)
 
 
 if __name__ == "__main__":

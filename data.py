@@ -5,8 +5,8 @@ training seed and the sample's number alone, never from the process that asks fo
 
 Shapes: frames (3, H, W) in [-1, 1]; still videos in latents (B, 4, T, h, w).
 """
-import re
 import sys
+import warnings
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from model import BadInput
+from model import BadInput, one_line
 
 # "{}" is "V* dog". Custom Diffusion uses one such template; a few keep V* from binding to the words around it.
 TEMPLATES = ("a {}", "a photo of a {}", "a picture of a {}")
@@ -63,8 +63,8 @@ def read_folder(folder, endings, read, flag, content, count=None):
     for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in endings and not p.name.startswith(".")):
         try:
             found.append((path, read(path)))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            print(f"warning: {path}: not readable ({error}); left out", file=sys.stderr)
+        except Exception as error:  # Pillow's and FFMPEG's readers each raise their own
+            print(f"warning: {path}: not readable ({one_line(error)}); left out", file=sys.stderr)
         if len(found) == count:
             break
     if not found:
@@ -81,8 +81,11 @@ def load_video(path, frames):
 
 
 def load_picture(path, shortest):
-    """A file in any mode and orientation -> RGB, upright, transparent parts over white."""
-    with Image.open(path) as image:
+    """A file in any mode and orientation -> RGB, upright, transparent parts over white; of an animation the first frame.
+
+    Pictures of more than Pillow's limit, 89 million pixels, are refused.
+    """
+    with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning), Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # 16-bit grey, which convert("RGB") would clip
             grey = np.asarray(image).astype(np.float32)
@@ -100,12 +103,23 @@ def load_picture(path, shortest):
 def read_caption(path):
     """NAME.txt -> its text on one line; empty if there is no such file. Raises BadInput if it is not UTF-8 text."""
     try:
-        return " ".join(path.read_text(encoding="utf-8-sig").split())
+        return " ".join(read_text(path).split())
     except FileNotFoundError:
         return ""
-    except (UnicodeDecodeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise BadInput(f"{path}: not a readable UTF-8 text file ({error}); "
                        f"write the picture's caption there or delete it") from None
+
+
+def read_text(path, limit=10**6):
+    """A text file, with BOM or without. Raises ValueError if it is larger than `limit` bytes, or not UTF-8 text; OSError."""
+    with open(path, "rb") as f:
+        content = f.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"it is larger than {limit:,} bytes")
+    if b"\0" in content:
+        raise ValueError("it is binary")
+    return content.decode("utf-8-sig")
 
 
 def crop(image, height, width, rng=None):
@@ -185,9 +199,3 @@ def still_video(z, frames):
     One encoded frame, repeated by reference: no memory, and T times less encoding.
     """
     return z[:, :, None].expand(-1, -1, frames, -1, -1)
-
-
-def check_placeholder(placeholder, flag="--placeholder"):
-    if not re.fullmatch(r"\S{1,32}", placeholder) or not re.search(r"\W", placeholder):
-        raise BadInput(f"{flag} {placeholder!r}: should be one word, without spaces, that holds a sign which ordinary "
-                       f"words do not, such as V* or <new1>")

@@ -11,7 +11,6 @@ give the motion that a subject's video should keep. Prints a table; writes evalu
 
 Shapes: T frames, N photos, D features; videos (T, H, W, 3) uint8.
 """
-import argparse
 import csv
 import json
 import os
@@ -32,7 +31,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from data import load_photos
-from model import BadInput, check_tensors, complete_or_absent, run_script
+from model import BadInput, FlagParser, check_tensors, check_values, complete_or_absent, one_line, run_script
 from sample import check_flags, without_placeholders
 
 METRICS = ("CLIP-T", "CLIP-I", "DINO-I", "T.Cons", "motion", "motion of base")
@@ -171,14 +170,14 @@ def load_weights(model, path, flag, repository, file):
         try:
             path = Path(hf_hub_download(repository, file))
         except Exception as error:  # the hub's, the network's and the disk's own errors share no base class
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise BadInput(f"{flag}: could not download {repository} ({reason}); get {file} from "
+            raise BadInput(f"{flag}: could not download {repository} ({one_line(error)}); get {file} from "
                            f"https://huggingface.co/{repository} and name it with {flag} PATH") from None
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip, TorchScript, safetensors and the disk each raise their own
-        raise BadInput(f"{flag} {path}: not readable as plain weights ({str(error).splitlines()[0]}); {file} of {repository} is") from None
+        raise BadInput(f"{flag} {path}: not readable as plain weights ({one_line(error)}); {file} of {repository} is") from None
     check_tensors(f"{flag} {path}", state, model.state_dict())
+    check_values(f"{flag} {path}", state)
     model.load_state_dict(state)
 
 
@@ -214,7 +213,7 @@ def read_video(path):
     try:
         return iio.imread(path, **({"plugin": "FFMPEG"} if path.suffix == ".mp4" else {"plugin": "pillow", "mode": "RGB"}))
     except Exception as error:  # imageio's plugins each raise their own
-        raise BadInput(f"{path}: not a readable video ({str(error).splitlines()[0]}); delete its JSON and sample it again") from None
+        raise BadInput(f"{path}: not a readable video ({one_line(error)}); delete its JSON and sample it again") from None
 
 
 def base_motion(rows, base_rows):
@@ -248,7 +247,7 @@ def report(rows, out):
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description="CLIP-T, CLIP-I, DINO-I, temporal consistency and motion of sampled videos.")
+    p = FlagParser(description="CLIP-T, CLIP-I, DINO-I, temporal consistency and motion of sampled videos.")
     p.add_argument("--videos", type=Path, nargs="+", required=True, help="folders that sample.py wrote into; a table line each")
     p.add_argument("--images", type=Path, required=True, help="folder with the subject's photos")
     p.add_argument("--base_videos", type=Path, nargs="+", default=[],

@@ -8,6 +8,7 @@ Shapes: A (r, C_in), B (C_out, r), where r is the rank; V* (n, D), one row per l
 """
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,8 +18,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from model import (BadInput, Base, SpatialTransformer, Tokenizer, TransformerBlock, UNet, check_tensors, complete_or_absent,
-                   zeroed)
+from model import (BadInput, Base, SpatialTransformer, Tokenizer, TransformerBlock, UNet, check_tensors, check_values,
+                   complete_or_absent, one_line, zeroed)
 
 
 def target_names(unet: UNet, targets="all"):
@@ -143,6 +144,7 @@ def whole(tensors, device):
 # A subject: V* and the update in one file
 
 
+MAX_RANK = 1024
 TENSORS = {"lora": ("lora_A.weight", "lora_B.weight"), "full": ("delta.weight",),
            "adapters": ("adapter.down.weight", "adapter.down.bias", "adapter.up.weight", "adapter.up.bias")}
 
@@ -171,9 +173,23 @@ class Subject:
         return {"v_star": self.v_star, **{f"unet.{name}.{end}": x for kind, ends in TENSORS.items()
                                           for name, layer in getattr(self, kind).items() for end, x in zip(ends, layer)}}
 
+    def facts(self):
+        """What there is to know besides the tensors, as text."""
+        facts = {key: str(value) for key, value in vars(self).items() if key not in (*TENSORS, "v_star", "settings")}
+        return facts | {"settings": json.dumps(self.settings)}
+
     def fingerprint(self):
-        """16 hex digits that tell this subject's tensors from another's."""
-        return hashlib.sha256(b"".join(t.detach().float().cpu().numpy().tobytes() for t in self.tensors().values())).hexdigest()[:16]
+        """16 hex digits that tell this subject, its tensors and its facts, from any other."""
+        digest = hashlib.sha256(json.dumps(self.facts(), sort_keys=True).encode())
+        for name, tensor in sorted(self.tensors().items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def check_placeholder(placeholder, flag="--placeholder"):
+    if not re.fullmatch(r"\S{1,32}", placeholder) or not placeholder.isprintable() or not re.search(r"\W", placeholder):
+        raise BadInput(f"{flag} {placeholder!r}: should be one word, without spaces, that holds a sign which ordinary "
+                       f"words do not, such as V* or <new1>")
 
 
 def class_embedding(text_encoder, class_word):
@@ -192,10 +208,9 @@ def save_subject(path, subject: Subject):
     """Subject -> safetensors file under PEFT's names. The file is complete or absent, even if the process is killed."""
     tensors = {name: x.detach().float().cpu().contiguous() for name, x in subject.tensors().items()}
     # lora_alpha = rank tells readers of PEFT files that lambda is the only scale.
-    facts = {key: value for key, value in vars(subject).items() if key not in (*TENSORS, "v_star")}
-    facts |= {"lora_alpha": subject.rank, "settings": json.dumps(subject.settings)}
+    facts = subject.facts() | {"lora_alpha": str(subject.rank), "fingerprint": subject.fingerprint()}
     with complete_or_absent(Path(path)) as temporary:
-        save_file(tensors, temporary, {key: str(value) for key, value in facts.items()})
+        save_file(tensors, temporary, facts)
 
 
 def load_subject(path, base: Base):
@@ -208,12 +223,15 @@ def load_subject(path, base: Base):
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; train.py writes subject.safetensors into its --out folder") from None
     except Exception as error:  # SafetensorError, OSError or ValueError, by the kind of damage
-        raise BadInput(f"{path}: not a readable safetensors file ({error})") from None
+        raise BadInput(f"{path}: not a readable safetensors file ({one_line(error)})") from None
     try:
         subject = Subject(meta["placeholder"], meta["class_word"], int(meta["rank"]), meta["base_name"],
                           meta["base_fingerprint"], int(meta["steps"]), meta["method"], json.loads(meta["settings"]))
-    except (KeyError, ValueError) as error:
-        raise BadInput(f"{path}: not a subject of this project, its header has no valid {error}") from None
+        if not 1 <= subject.rank <= MAX_RANK or not isinstance(subject.settings, dict):
+            raise ValueError("rank or settings")
+        check_placeholder(subject.placeholder, "placeholder")
+    except (KeyError, ValueError, RecursionError, BadInput) as error:
+        raise BadInput(f"{path}: not a subject of this project, its header has no valid {one_line(error)}") from None
     if subject.base_fingerprint != base.config.fingerprint:
         raise BadInput(f"{path}: was learned on the base {subject.base_name} ({subject.base_fingerprint}), and this is "
                        f"{base.config.name} ({base.config.fingerprint}); pass that base with --base, or train again on this one")
@@ -222,11 +240,11 @@ def load_subject(path, base: Base):
     for name, layer in shapes.items():
         expected |= {f"unet.{name}.{end}": torch.empty(shape, device="meta") for end, shape in zip(TENSORS[kind], layer)}
     check_tensors(path, tensors, expected)
-    for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32 or not tensor.isfinite().all():
-            raise BadInput(f"{path}: {name} is not finite float32; the file is damaged")
+    check_values(path, tensors, [torch.float32])
     subject.v_star = tensors["v_star"].to(base.device)
     setattr(subject, kind, {name: tuple(tensors[f"unet.{name}.{end}"] for end in TENSORS[kind]) for name in shapes})
+    if subject.fingerprint() != meta.get("fingerprint"):
+        raise BadInput(f"{path}: its content is not what was saved; the file is damaged, copy it again")
     return subject
 
 

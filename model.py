@@ -10,6 +10,8 @@ take them apart again. Pixels are in [-1, 1]. Latents are the VAE's times `laten
 
 Upstream means the public VideoCrafter2 code (AILab-CVC/VideoCrafter); every module here notes the upstream file it equals.
 """
+import argparse
+import fcntl
 import hashlib
 import json
 import math
@@ -17,8 +19,9 @@ import os
 import re
 import shutil
 import sys
+import zlib
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -40,16 +43,25 @@ class BadInput(Exception):
     """A file or flag the user has to change. The message is one line: which one, what is wrong, what would be right."""
 
 
+class FlagParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(f"{message}; --help lists all flags")
+
+
 def run_script(main):
-    """Run `main()`; a BadInput becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run `main()`; a BadInput or a fault of the disk becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     try:
         main()
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (BadInput, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def one_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
@@ -57,17 +69,44 @@ def complete_or_absent(path):
     """Gives a temporary path in the same folder, which takes the place of `path` when the block ends without an error.
 
     So a reader finds the old file or the new one, never half of one, even if the process is killed. The block may make a
-    folder instead, where none was.
+    folder instead, where none was. Raises BadInput if the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         yield temporary
         os.replace(temporary, path)
+    except Exception:  # what a library makes of a full disk is its own affair
+        if shutil.disk_usage(path.parent).free < 2**20:
+            raise BadInput(f"{path}: not written, the disk is full; make room, or name another --out") from None
+        raise
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def only_writer(folder, rank=0, unfinished=(".tmp-*",)):
+    """Holds `folder` for this run until the block ends, however it ends, and removes what a killed one left unfinished there.
+
+    Of a run's processes only rank 0 does so. Raises BadInput if another run writes there.
+    """
+    if rank > 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"{folder}: another run is writing there; wait for it, or name another folder") from None
+        for path in [path for pattern in unfinished for path in folder.glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield
+    finally:
+        os.close(handle)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,6 +183,7 @@ class Defaults:
 class BaseConfig:
     name: str = "videocrafter2"
     fingerprint: str = ""    # of the weights, see `fingerprint()`; a subject remembers the base it was trained on
+    crc32: tuple = ()        # of config.json without this number, then of the weight files in the order of PARTS
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     text: TextConfig = field(default_factory=TextConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
@@ -675,18 +715,24 @@ def load_base(folder, device="cpu", dtype=torch.float32):
     folder = Path(folder)
     config = load_config(folder / "config.json")
     networks = {}
-    for part in PARTS:
+    for part, crc32 in zip(PARTS, config.crc32[1:], strict=True):
         path = folder / f"{part}.safetensors"
         try:
+            if file_crc32(path) != crc32:
+                raise ValueError("its bytes are not those that config.json was written for")
             state = load_file(path)
         except FileNotFoundError:
             raise BadInput(f"{path}: no such file; a base folder holds config.json and "
                            f"{', '.join(p + '.safetensors' for p in PARTS)} (python convert_ckpt.py makes one)") from None
         except Exception as error:  # safetensors raises its own SafetensorError, OSError or ValueError by the kind of damage
-            raise BadInput(f"{path}: not a readable safetensors file ({error}); convert or copy it again") from None
-        with torch.device("meta"):
-            network = build_part(part, config)
+            raise BadInput(f"{path}: not a readable safetensors file ({one_line(error)}); convert or copy it again") from None
+        try:
+            with torch.device("meta"):
+                network = build_part(part, config)
+        except Exception as error:  # torch's layers each refuse impossible numbers in their own way
+            raise BadInput(f"{folder / 'config.json'}: its {part} cannot be built ({one_line(error)})") from None
         check_tensors(path, state, network.state_dict())
+        check_values(path, state)
         network.load_state_dict(state, assign=True)
         network.to(device, dtype if part == "unet" else torch.float32)
         networks[part] = network.eval().requires_grad_(False)
@@ -707,15 +753,27 @@ def check_tensors(path, found, expected):
                        f"{tuple(found[name].shape)} where {tuple(expected[name].shape)} belongs")
 
 
+def check_values(path, tensors, dtypes=(torch.float32, torch.bfloat16, torch.float16)):
+    """Every one of name -> tensor has one of these types and is finite. Raises BadInput."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in dtypes:
+            raise BadInput(f"{path}: {name} is {str(tensor.dtype)[6:]}, and {' or '.join(str(dtype)[6:] for dtype in dtypes)} belongs there")
+        if not tensor.isfinite().all():
+            raise BadInput(f"{path}: {name} holds values that are not finite; the file is damaged, copy or make it again")
+
+
 def load_config(path):
     """config.json -> BaseConfig. Raises BadInput on anything but exactly the dataclasses' names and types."""
     path = Path(path)
     try:
-        return config_from_dict(BaseConfig, json.loads(path.read_text(encoding="utf-8")), path)
+        config = config_from_dict(BaseConfig, json.loads(path.read_text(encoding="utf-8")), path)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; --base takes a folder made by convert_ckpt.py, or toy/base") from None
-    except (ValueError, OSError) as error:
-        raise BadInput(f"{path}: not a readable JSON file ({error})") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise BadInput(f"{path}: not a readable JSON file ({one_line(error)})") from None
+    if len(config.crc32) != 1 + len(PARTS) or config.crc32[0] != config_crc32(config):
+        raise BadInput(f"{path}: was changed after it was written; copy or make the base again, flags change what a run does")
+    return config
 
 
 def config_from_dict(cls, values, path):
@@ -730,8 +788,8 @@ def config_from_dict(cls, values, path):
         if isinstance(like, (ScheduleConfig, TextConfig, VAEConfig, UNetConfig, Defaults)):
             value = config_from_dict(type(like), value, path)
         elif isinstance(like, tuple):
-            if not isinstance(value, list) or not value or not all(type(v) is int and v > 0 for v in value):
-                raise BadInput(f"{path}: {name} is {value!r}, not a list of positive integers")
+            if not isinstance(value, list) or not all(type(v) is int and v >= 0 for v in value):
+                raise BadInput(f"{path}: {name} is {value!r}, not a list of whole numbers")
             value = tuple(value)
         elif isinstance(like, float) and type(value) is int:
             value = float(value)
@@ -742,7 +800,23 @@ def config_from_dict(cls, values, path):
 
 
 def save_config(config: BaseConfig, path):
-    Path(path).write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
+    """Writes config.json for the weight files that lie beside it."""
+    path = Path(path)
+    config = replace(config, crc32=(0, *(file_crc32(path.with_name(f"{part}.safetensors")) for part in PARTS)))
+    config = replace(config, crc32=(config_crc32(config), *config.crc32[1:]))
+    path.write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
+
+
+def config_crc32(config: BaseConfig):
+    return zlib.crc32(json.dumps(asdict(replace(config, crc32=config.crc32[1:])), sort_keys=True).encode())
+
+
+def file_crc32(path):
+    crc32 = 0
+    with open(path, "rb") as f:
+        while block := f.read(2**22):
+            crc32 = zlib.crc32(block, crc32)
+    return crc32
 
 
 def fingerprint(networks):

@@ -10,7 +10,6 @@ Writes outputs/NAME.mp4 and .gif, and beside them NAME.json with all it takes to
 
 Shapes: B clips, T frames, L text tokens, D text width; latents z (B, 4, T, h, w), 8 times smaller than pixels.
 """
-import argparse
 import json
 import os
 import re
@@ -29,9 +28,10 @@ from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from data import read_text
 from lora import MergedLoRA, load_subject
-from model import (ROOT, TEXT_LENGTH, TRAIN_STEPS, Z_CHANNELS, BadInput, Tokenizer, complete_or_absent, default_base, load_base,
-                   load_config, run_script)
+from model import (ROOT, TEXT_LENGTH, TRAIN_STEPS, Z_CHANNELS, BadInput, FlagParser, Tokenizer, complete_or_absent, default_base,
+                   load_base, load_config, only_writer, run_script)
 
 
 def ddim_steps(schedule, steps, eta):
@@ -53,9 +53,9 @@ def ddim(unet, schedule, z, noise, context, uncond, fps, steps, cfg, eta, streng
 
     noise: function of no arguments -> standard normal like z, called once a step if eta > 0. context (B, L, D) and uncond
     (B or 1, L, D): the prompts and the empty (or negative) prompt. fps (B,). strength: a MergedLoRA, set to lambdas[i] at
-    step i. look: function (i, z_0) that is shown the clean latent predicted at step i.
+    step i. look: function (i, z_0) that is shown the clean latent predicted at step i. Raises BadInput where z stops being finite.
     """
-    B = z.shape[0]
+    B, finite = z.shape[0], torch.zeros((), device=z.device)
     both = torch.cat([context, uncond.expand(B, -1, -1)])
     table = list(zip(*(column.tolist() for column in ddim_steps(schedule, steps, eta))))
     for i, (t, a, scale, a_after, scale_after, sigma) in enumerate(table):
@@ -73,8 +73,11 @@ def ddim(unet, schedule, z, noise, context, uncond, fps, steps, cfg, eta, streng
         z = a_after ** 0.5 * scale_after * z_0 + (1 - a_after - sigma ** 2) ** 0.5 * eps
         if sigma > 0:
             z = z + sigma * noise()
+        finite += z.isfinite().all()
         if look:
             look(i, z_0)
+    if finite < steps:  # asked once, at the end: a question at each step would make a GPU wait
+        raise BadInput(f"--precision: the latent is not finite at step {int(finite) + 1} of {steps}; try float32 or bfloat16")
     return z
 
 
@@ -141,7 +144,7 @@ def main():
     batches = [jobs[i:i + args.batch_size] for i in range(0, len(jobs), args.batch_size)][rank::world]
     variants = compare_variants(d, lambdas, subjects) if args.compare else {"": (subjects, lambdas)}
     steps_shown, written = process_steps(d) if args.show_process else [], []
-    with tqdm(total=sum(map(len, batches)) * len(variants) * d.steps, unit="step", disable=rank > 0) as bar:
+    with only_writer(args.out, rank), tqdm(total=sum(map(len, batches)) * len(variants) * d.steps, unit="step", disable=rank > 0) as bar:
         for n, batch in enumerate(batches):
             bar.set_description(f"video {min(n * args.batch_size + len(batch), sum(map(len, batches)))}/{sum(map(len, batches))}")
             start, videos, seen = time.time(), {}, {}
@@ -172,7 +175,7 @@ def main():
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description="Sample videos of learned subjects (CustomCrafter, Algorithm 1).",
+    p = FlagParser(description="Sample videos of learned subjects (CustomCrafter, Algorithm 1).",
                                 epilog="Flags left out take the base's own defaults, from its config.json.")
     p.add_argument("--base", type=Path, default=default_base(), help="base folder (default: %(default)s)")
     p.add_argument("--subject", action="append", default=[],
@@ -222,8 +225,12 @@ def check_flags(args, **ranges):
         value = getattr(args, flag)
         if value is not None and not low <= value <= high:
             raise BadInput(f"--{flag.removeprefix('train_')} {value}: should be from {low} to {high}")
-    if args.out and args.out.exists() and not args.out.is_dir():
-        raise BadInput(f"--out {args.out}: is a file; name a folder")
+    if args.out:
+        nearest = next(folder for folder in (args.out, *args.out.absolute().parents) if folder.exists())
+        if not nearest.is_dir():
+            raise BadInput(f"--out {args.out}: {nearest} is a file; name a folder")
+        if not os.access(nearest, os.W_OK):
+            raise BadInput(f"--out {args.out}: {nearest} may not be written to; name another folder")
 
 
 def pick_precision(precision, device):
@@ -298,8 +305,8 @@ def read_prompts(args, d, subjects):
     if args.prompts:
         source = f"--prompts {args.prompts}"
         try:
-            lines = [line.strip() for line in args.prompts.read_text(encoding="utf-8-sig").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
+            lines = [line.strip() for line in read_text(args.prompts).splitlines()]
+        except (OSError, ValueError) as error:
             raise BadInput(f"{source}: not a readable UTF-8 text file ({error})") from None
         prompts = [line for line in lines if line and not line.startswith("#")]
         if not prompts:

@@ -10,7 +10,6 @@ OUT/preview.png. What is trained: one vector V* and 96 pairs (A, B); all else is
 
 Shapes: B subject clips per process and as many prior clips, T frames, L text tokens, D text width; latents z (B, 4, T, h, w).
 """
-import argparse
 import json
 import os
 import shutil
@@ -28,10 +27,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from data import (check_placeholder, load_photos, load_prior, noise_sample, prior_sample, rescaled_sample, still_video,
-                  subject_sample)
-from lora import LiveLoRA, Subject, add_updates, class_embedding, rare_embedding, save_subject
-from model import (ROOT, TRAIN_STEPS, BadInput, Tokenizer, complete_or_absent, default_base, load_base, load_config, run_script)
+from data import load_photos, load_prior, noise_sample, prior_sample, rescaled_sample, still_video, subject_sample
+from lora import MAX_RANK, LiveLoRA, Subject, add_updates, check_placeholder, class_embedding, rare_embedding, save_subject
+from model import (ROOT, TRAIN_STEPS, BadInput, FlagParser, Tokenizer, complete_or_absent, default_base, load_base, load_config, one_line,
+                   only_writer, run_script)
 from sample import (check_flags, default_prompt, fill_defaults, generate, labelled, peak_memory, pick_precision, slug,
                     write_mp4)
 
@@ -64,7 +63,6 @@ def main():
     photos = load_photos(folder, max(d.height, d.width))
     words = f"{args.placeholder} {d.class_word}"
     if rank == 0:
-        remove_leftovers(out)
         print(f"base {args.base} ({base.config.name}), subject {folder}: {len(photos)} photos of {words}", flush=True)
 
     # Make or read the class prior, and encode it once: latents (n, 4, T, h, w), one context (n, L, D) each.
@@ -92,7 +90,7 @@ def main():
     first = load_state(last_save, subject, optimizer, d.train_steps) if last_save else 0
     take = rescaled_sample if args.method == "custom_diffusion" else subject_sample
 
-    with stop_signals() as signals, Log(out / "log.jsonl", first, d.train_steps, rank) as log:
+    with only_writer(out, rank, (".tmp-*", "previews/.tmp-*")), stop_signals() as signals, Log(out / "log.jsonl", first, d.train_steps, rank) as log:
         for step in range(first + 1, d.train_steps + 1):
             if args.word_steps:  # DreamVideo: first V* alone, then the adapters alone
                 for p in params:
@@ -127,15 +125,15 @@ def main():
                 loss += torch.stack([subject_loss, prior_loss]).detach() / d.grad_accum
 
             # Step. One all-reduce holds the gradients of all that is trained, the losses, and the wish to stop.
-            subject_loss, prior_loss, stop = average_over_processes(params, loss, bool(signals), world)
-            if not np.isfinite(subject_loss + prior_loss):
-                raise BadInput(f"--lr {d.lr}: the loss is not finite at step {step}; the last good save is "
+            subject_loss, prior_loss, stop, norm = average_over_processes(params, loss, bool(signals), world)
+            if not np.isfinite(subject_loss + prior_loss + norm):
+                raise BadInput(f"--lr {d.lr}: the loss or its gradient is not finite at step {step}; the last good save is "
                                f"{newest_save(out) or 'none'}, try a lower rate from there")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             # Log, look, save.
-            log(step, loss=subject_loss, prior_loss=prior_loss, lr=d.lr)
+            log(step, loss=subject_loss, prior_loss=prior_loss, grad_norm=norm, lr=d.lr)
             subject.steps = step
             if rank == 0 and (step % d.save_every == 0 or step == d.train_steps or stop):
                 save(out, subject, optimizer, args.keep_last)
@@ -153,21 +151,24 @@ def main():
 
 
 def average_over_processes(params, losses, stop, world):
-    """Replaces every gradient by its mean over processes. Returns the mean of the two losses, and whether any process wants to stop.
+    """Replaces every gradient by its mean over processes.
+
+    Returns the mean of the two losses, whether any process wants to stop, and the norm of the gradient.
 
     By hand rather than by DistributedDataParallel: that would first broadcast the frozen billion of parameters, and what
     there is to send afterwards is a few megabytes.
     """
     numbers = torch.cat([losses, losses.new_tensor([stop])])
+    params = [p for p in params if p.grad is not None]
     if world > 1:
-        params = [p for p in params if p.grad is not None]
         flat = torch.cat([numbers, *(p.grad.flatten() for p in params)])
         dist.all_reduce(flat)
         numbers, *grads = (flat / world).split([3, *(p.numel() for p in params)])
         for p, grad in zip(params, grads):
             p.grad.copy_(grad.view_as(p))
-    *losses, stop = numbers.tolist()
-    return *losses, stop > 0
+    norm = torch.stack([p.grad.norm() for p in params]).norm()
+    *losses, stop, norm = torch.cat([numbers, norm[None]]).tolist()
+    return *losses, stop > 0, norm
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,20 +197,20 @@ def generate_prior(folder, caption, d, base, rank, world, frames, batch=8):
 
     Those there already stay. The paper takes 200 pictures from LAION-400M; a folder of such pictures goes to --prior.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     ending = "mp4" if frames > 1 else "png"
     missing = [k for k in range(d.num_prior) if not (folder / f"{k:04d}.{ending}").exists()]
     mine, batch = missing[rank::world], max(1, batch // frames)
-    for numbers in tqdm([mine[i:i + batch] for i in range(0, len(mine), batch)], desc="prior", unit="batch", disable=rank > 0):
-        videos = generate(base, [caption] * len(numbers), numbers, settings=replace(d, frames=frames)).numpy()
-        for k, video in zip(numbers, videos):
-            with complete_or_absent(folder / f"{k:04d}.{ending}") as temporary:
-                if frames > 1:
-                    write_mp4(temporary, video, d.save_fps, quality=10)
-                else:
-                    Image.fromarray(video[0]).save(temporary)
-    if world > 1:
-        dist.barrier()
+    with only_writer(folder, rank):
+        for numbers in tqdm([mine[i:i + batch] for i in range(0, len(mine), batch)], desc="prior", unit="batch", disable=rank > 0):
+            videos = generate(base, [caption] * len(numbers), numbers, settings=replace(d, frames=frames)).numpy()
+            for k, video in zip(numbers, videos):
+                with complete_or_absent(folder / f"{k:04d}.{ending}") as temporary:
+                    if frames > 1:
+                        write_mp4(temporary, video, d.save_fps, quality=10)
+                    else:
+                        Image.fromarray(video[0]).save(temporary, format="png")
+        if world > 1:
+            dist.barrier()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,19 +258,13 @@ def save(out, subject, optimizer, keep_last):
         shutil.rmtree(old.rename(old.with_name(f".tmp-{os.getpid()}-{old.name}")))
 
 
-def remove_leftovers(out):
-    """What a killed run had begun to write."""
-    for path in out.glob("**/.tmp-*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def load_state(folder, subject, optimizer, steps):
     """Puts a save's numbers into `subject` and `optimizer`. Returns its step. Raises BadInput if it is another run's."""
     try:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         tensors = load_file(folder / "subject.safetensors")
     except Exception as error:  # pickle, zip, safetensors and the disk each raise their own
-        raise BadInput(f"--resume {folder}: not a readable save ({error}); an older step-* folder may be") from None
+        raise BadInput(f"--resume {folder}: not a readable save ({one_line(error)}); an older step-* folder may be") from None
     for name, value in subject.settings.items():
         if state["settings"].get(name) != value:
             flag = {"clips_a_step": "batch_size times --grad_accum times processes", "photos": "images"}.get(name, name)
@@ -306,7 +301,7 @@ def stop_signals():
 
 
 class Log:
-    """Rank 0's progress bar, and log.jsonl with one line a step: loss, prior loss, lr, seconds, peak memory in GB."""
+    """Rank 0's progress bar, and log.jsonl with one line a step: loss, prior loss, gradient norm, lr, seconds, peak memory in GB."""
 
     def __init__(self, path, first, steps, rank):
         self.file, self.rank = None, rank
@@ -364,14 +359,14 @@ def preview(out, step, base, d, subject, strength, seeds=(0, 1), width=96):
 def pick_photos(args, config):
     """The folder of photos: --images, else the base's own default subject."""
     if args.photos:
-        if not args.class_word:
+        if not args.class_word.strip():
             raise BadInput("--class_word: is needed with --images; name what the photos show, such as dog")
         return Path(args.photos)
     return Path(os.path.relpath(ROOT / config.defaults.photos))
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description="Learn a subject from photos (CustomCrafter, Eq. 1-4).",
+    p = FlagParser(description="Learn a subject from photos (CustomCrafter, Eq. 1-4).",
                                 epilog="Flags left out take the base's own defaults, from its config.json.")
     p.add_argument("--base", type=Path, default=default_base(), help="base folder (default: %(default)s)")
     p.add_argument("--images", dest="photos", default="",
@@ -416,7 +411,7 @@ def parse_args():
     for flag, value in PUBLISHED[args.method].items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
-    check_flags(args, word_steps=(0, 10**7), word_lr=(0, 1), num_prior=(1, 100_000), alpha=(0, 1000), rank=(1, 1024), lr=(0, 1),
+    check_flags(args, word_steps=(0, 10**7), word_lr=(0, 1), num_prior=(1, 100_000), alpha=(0, 1000), rank=(1, MAX_RANK), lr=(0, 1),
                 weight_decay=(0, 1), train_steps=(1, 10**7), batch_size=(1, 1024), frames=(1, 1024), height=(8, 8192), width=(8, 8192),
                 seed=(0, 2**31), grad_accum=(1, 1024),
                 save_every=(1, 10**7), keep_last=(1, 10**7), preview_every=(0, 10**7))

@@ -4,7 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data import check_placeholder, crop, load_photos, load_picture, noise_sample, rescaled_sample, still_video, subject_sample
+from data import crop, load_photos, load_picture, noise_sample, rescaled_sample, still_video, subject_sample
+from lora import check_placeholder
 from model import BadInput
 
 

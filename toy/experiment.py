@@ -11,7 +11,6 @@ Each trains what it needs, prints a table, and writes it with a picture into --o
 clips, each with its standard error; clip n of every row has the same prompt and the same seed. What is there already is not
 made again. `torchrun --nproc_per_node 2 toy/experiment.py ...` shares the work, which is faster on CPU cores too.
 """
-import argparse
 import itertools
 import json
 import os
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from lora import load_subject
-from model import ROOT, BadInput, Tokenizer, complete_or_absent, load_base, run_script
+from model import ROOT, BadInput, FlagParser, Tokenizer, complete_or_absent, load_base, run_script
 from sample import ddim_steps, generate, labelled, parse_lambdas, slug
 from toy.world import (DIRECTIONS, GROUNDS, SPEED, SUBJECTS, caption, class_or_subject, draw_clip, draw_photos, likeness, measure,
                        random_scene)
@@ -43,7 +42,7 @@ SCHEDULES = {"constant 1.0": "1*50", "constant 0.8": "0.8*50", "constant 0.4": "
              "0.4 then 0.8, K = 20": "0.4*20,0.8*30", "0.0 then 0.8, K = 5": "0*5,0.8*45", "0.2 then 0.8, K = 5": "0.2*5,0.8*45",
              "0.6 then 0.8, K = 5": "0.6*5,0.8*45", "0.4, a ramp over 10, 0.8": "0.4*5,0.4>0.8*10,0.8*35"}
 # The default subject three times over: what becomes of motion in a long training, as the paper's is.
-LONG = {"long": ["--steps", 1600, "--save_every", 200, "--keep_last", 8]}
+LONG = {"long": ["--steps", 1200, "--save_every", 200, "--keep_last", 6]}
 SHORT = ["--steps", 500, "--save_every", 500]
 SWEEP = {"defaults": SHORT, "rank 2": [*SHORT, "--rank", 2], "rank 32": [*SHORT, "--rank", 32], "lr 0.0015": [*SHORT, "--lr", 0.0015],
          "lr 0.006": [*SHORT, "--lr", 0.006], "moving prior": [*SHORT, "--prior_motion"], "no prior": [*SHORT, "--alpha", 0]}
@@ -60,14 +59,14 @@ THREE = ("berry", "ember", "bee")
 
 
 def main():
-    p = argparse.ArgumentParser(description="Measure the embedded base and the paper's claim on it.")
+    p = FlagParser(description="Measure the embedded base and the paper's claim on it.")
     p.add_argument("what", choices=["base", "decided", "claim", "steps", "sweep", "methods"])
     p.add_argument("--base", type=Path, default=ROOT / "toy" / "base", help="base folder (default: %(default)s)")
     p.add_argument("--subject", type=Path, default=ROOT / "toy" / "subject.safetensors", help="claim: subject.safetensors learned from one of toy/subjects (default: %(default)s)")
-    p.add_argument("--clips", type=int, help="clips per row (default: base 256, claim 128, sweep 32, methods 32 a subject, else 64)")
+    p.add_argument("--clips", type=int, help="clips per row (default: base 256, claim 128, decided 64, steps and sweep 32, methods 32 a subject)")
     p.add_argument("--out", type=Path, default=Path("outputs/experiment"), help="folder for results (default: %(default)s)")
     args = p.parse_args()
-    args.clips = args.clips or {"base": 256, "claim": 128, "sweep": 32, "methods": 32}.get(args.what, 64)
+    args.clips = args.clips or {"base": 256, "claim": 128, "decided": 64}.get(args.what, 32)
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.world > 1:
         dist.init_process_group("gloo")
