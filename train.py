@@ -135,10 +135,10 @@ def main():
             # Log, look, save.
             log(step, loss=subject_loss, prior_loss=prior_loss, grad_norm=norm, lr=d.lr)
             subject.steps = step
-            if rank == 0 and (step % d.save_every == 0 or step == d.train_steps or stop):
-                save(out, subject, optimizer, args.keep_last)
             if rank == 0 and d.preview_every and (step % d.preview_every == 0 or step == d.train_steps):
                 preview(out, step, base, d, subject, LiveLoRA(layers.values()))
+            if rank == 0 and (step % d.save_every == 0 or step == d.train_steps or stop):
+                save(out, subject, optimizer, args.keep_last)
             if stop:
                 break
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # as in the processes that `run` starts: sums in another order differ in their last digit
 sys.path.insert(0, str(ROOT))
-from model import (PARTS, BaseConfig, Defaults, TextConfig, UNetConfig, VAEConfig, build_part, fingerprint, load_base,  # noqa: E402
+from model import (PARTS, BaseConfig, Defaults, TextConfig, UNetConfig, VAEConfig, build_part, fingerprint, load_base, run_script,  # noqa: E402
                    save_config)
 
 
@@ -60,6 +60,37 @@ def photos_folder(tmp_path_factory):
         Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     (folder / "1.txt").write_text("V* on a table\n")
     return folder
+
+
+def fork(main, argv, cwd, before=None):
+    """Runs a script's main() in a child, which spares the start-up -> its pid. Its output goes to cwd/output."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        os.chdir(cwd)
+        file = os.open("output", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        sys.argv = list(map(str, argv))
+        if before:
+            before()
+        run_script(main)
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(pid):
+    """-> exit code of a child, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def run(script, *flags, cwd, launcher=()):

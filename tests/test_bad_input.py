@@ -112,7 +112,7 @@ FLAGS = [
         ("--steps", 0), ("--steps", 1000), ("--cfg", "nan"), ("--cfg", -1), ("--eta", 2), ("--fps", 0), ("--save_fps", 0), ("--frames", 0),
         ("--height", 33), ("--width", -8), ("--seed", -1), ("--num", 0), ("--batch_size", 0), ("--K", 99), ("--lambda_s", "inf"),
         ("--lambdas", "0.4*5"), ("--lambdas", "x"), ("--format", "avi"), ("--out", "good.safetensors"), ("--precision", "int8")]],
-    ([*ALONE, "--compare"], "--compare"), ([*ALONE, "--prompts", "x"], "--prompts"), ([*MINE, "--lambdas", "1*4", "--K", 1], "--lambdas"),
+    ([*ALONE, "--compare"], "--compare"), (ALONE[:3], "--prompt"), ([*ALONE, "--prompts", "x"], "--prompts"), ([*MINE, "--lambdas", "1*4", "--K", 1], "--lambdas"),
     ([*MINE, *MINE[1:]], "--subject"), (["train.py", "--images", "photos"], "--class_word"),
     ([*GOOD, "--method", "dreamvideo", "--targets", "cross"], "--targets"), (["evaluate.py", "--images", "photos"], "--videos"),
     (["convert_ckpt.py", "good.ckpt", "--dtype", "int8"], "--dtype"), ([*GOOD, "--class_word", " "], "--class_word"),

@@ -1,8 +1,8 @@
 """Runs that are stopped, killed, resumed and moved to another number of processes. Children are forked: no start-up each time."""
 import json
 import os
+import random
 import signal
-import sys
 import time
 
 import numpy as np
@@ -11,44 +11,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import stress
 import train
-from conftest import run
+from conftest import fork, run, wait
 from lora import load_subject
-from model import load_base, run_script
+from model import load_base
 
 
 @pytest.fixture()
 def start(base_folder, photos_folder, tmp_path):
     """Starts train.py in a child -> its pid. Its output goes to tmp_path/output."""
     def start(*flags, before=None):
-        pid = os.fork()
-        if pid:
-            return pid
-        code = 1
-        try:
-            torch.set_num_threads(1)
-            os.chdir(tmp_path)
-            file = os.open("output", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-            sys.argv = ["train.py", "--base", str(base_folder), "--images", str(photos_folder), "--class_word", "dog", *map(str, flags)]
-            if before:
-                before()
-            run_script(train.main)
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+        return fork(train.main, ["train.py", "--base", base_folder, "--images", photos_folder, "--class_word", "dog", *flags], tmp_path, before)
     return start
-
-
-def wait(pid):
-    """-> exit code, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def wait_for(condition, seconds=60):
@@ -205,3 +180,9 @@ def test_the_prior_may_be_videos_with_captions(start, base_folder, tmp_path):
     from data import load_prior
     (video, caption), (other, _) = load_prior(folder, 2, 3, 32, 48)
     assert video.shape == (3, 3, 32, 48) and caption == "" and not torch.equal(video[0], video[2]) and base.config.name == "tiny0"
+
+
+@pytest.mark.parametrize("name", stress.JOBS)
+def test_killed_at_random_moments(tmp_path, name):
+    """A few of the kills of tests/stress.py."""
+    stress.stress(name, stress.make_world(tmp_path), 1 if name == "train on 2" else 3, random.Random(0))

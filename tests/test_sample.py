@@ -151,19 +151,6 @@ def test_command_line(base, base_folder, tmp_path, call):
     assert all(p.stat().st_mtime_ns == time for p, time in before.items())
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--steps", 0], "--steps 0"), (["--K", 9], "--K 9"), (["--height", 33], "--height 33"), (["--subject", "nowhere"], "nowhere"),
-    (["--base", "nowhere"], "nowhere/config.json"), (["--cfg", -1], "--cfg"), (["--prompt", ""], "--prompt"),
-    (["--lambdas", "0.4*2,0.8"], '--lambdas: "0.8"'), (["--lambdas", "0.4*2,0.8*1"], "has 3 steps"),
-    (["--lambdas", "0.4*4", "--K", 1], "--lambdas"), (["--prompt", "a", "--prompts", "b"], "--prompts"),
-    (["--prompts", "b"], "--prompts b"), (["--compare", "--prompt", "a"], "--compare")])
-def test_bad_flags_are_one_line_and_exit_code_2(base_folder, tmp_path, flags, says, call):
-    none = [] if "--subject" in flags else ["--subject", "none"]
-    err = call("--base", base_folder, *none, *flags, code=2).err
-    assert err.count("\n") == 1 and says in err
-    assert not (tmp_path / "outputs").exists()
-
-
 def test_lambda_schedules():
     assert parse_lambdas("0.4*5,0.8*45", 50) == two_step_schedule(0.4, 0.8, 5, 50)
     assert parse_lambdas("0*1, 0.4>0.8*5 ,1*1", 7) == [0, 0.4, 0.5, 0.6, 0.7, 0.8, 1]

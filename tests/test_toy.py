@@ -1,4 +1,6 @@
 """The embedded base: its world is as described, its weights are trained, and the first command of the README works on it."""
+import json
+import shutil
 from argparse import Namespace
 from dataclasses import replace
 
@@ -7,6 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
+import sample
+import train
 from conftest import ROOT, run
 from lora import load_subject
 from model import BadInput, Tokenizer, load_base
@@ -103,6 +108,37 @@ def test_runs_are_trained_once_and_finished(base_folder, photos_folder, tmp_path
     assert len((folder / "log.jsonl").read_text().splitlines()) == 3
     with pytest.raises(BadInput, match="training wrong"):
         train_subjects(args, {"wrong": ["--steps", 1, "--images", tmp_path / "none", "--class_word", "dog"]})
+
+
+def test_the_papers_protocol_asks_for_every_method_and_prompt(base_folder, photos_folder, tmp_path, monkeypatch, capsys):
+    """Its commands are ones that the scripts understand; its table has the means over subjects of what evaluate.py wrote."""
+    for name in ("dog2", "clock"):
+        shutil.copytree(photos_folder, tmp_path / "photos" / name)
+    asked = []
+
+    def understood(what, python, script, *flags, environment=None):
+        monkeypatch.setattr("sys.argv", [script.name, *map(str, flags)])
+        args = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate}[script.name].parse_args()
+        asked.append(args)
+        if script.name == "evaluate.py":
+            videos = [{"folder": str(folder), "video": "x", "text": "a", "seed": 0, "CLIP-T": 0.1 * i, "motion of base": None}
+                      for i, folder in enumerate(args.videos)]
+            (args.out / "evaluation.json").write_text(json.dumps({"videos": videos}))
+
+    monkeypatch.setattr(experiment, "command", understood)
+    monkeypatch.setattr("sys.argv", ["experiment.py", "--base", str(base_folder), "--subjects", str(tmp_path / "photos"), "--out", str(tmp_path / "out")])
+    experiment.main()
+    trained, sampled = [a for a in asked if hasattr(a, "class_word")], [a for a in asked if hasattr(a, "lambdas")]
+    assert [(a.class_word, a.method, a.targets, a.train_steps) for a in trained[:4]] == [
+        ("clock", "custom_diffusion", "all", 500), ("clock", "dreamvideo", "all", 4000), ("clock", "customcrafter", "cross", 4),
+        ("clock", "customcrafter", "all", 4)]
+    assert [a.lambdas for a in sampled[:6]] == ["", "1*50", "1*50", "0.8*50", "0.8*50", experiment.PAPER] and len(sampled) == 12
+    assert len(trained) == 8 and trained[4].class_word == "dog" and len(asked) == 22
+    for name, says in (("clock", "a V* clock turning"), ("dog2", "a V* dog running")):
+        prompts = [line for line in (tmp_path / "out" / name / "prompts.txt").read_text().splitlines() if line[0] != "#"]
+        assert len(prompts) == 10 and any(line.startswith(says) for line in prompts) and all("V*" in line for line in prompts)
+    table = capsys.readouterr().out.splitlines()
+    assert table[1] == "| 2 clips a row | CLIP-T |" and table[-1].startswith("| the same, 0.4 then 0.8") and "0.500 ± 0.000" in table[-1]
 
 
 @pytest.mark.parametrize("name", SUBJECTS)

@@ -80,22 +80,6 @@ def test_a_subject_is_learned(base_folder, photos_folder, tmp_path):
     assert loss() < 0.95 * before
 
 
-@pytest.mark.parametrize("more, says", [
-    (["--images", "nowhere", "--class_word", "dog"], "--images nowhere"), (["--images", "x"], "--class_word"),
-    (["--rank", 0], "--rank 0"), (["--steps", 0], "--steps 0"), (["--placeholder", "dog"], "--placeholder"),
-    (["--width", 40], "--width 40"), (["--alpha", -1], "--alpha -1")])
-def test_bad_flags_are_one_line_and_exit_code_2(base_folder, tmp_path, more, says, monkeypatch, capsys):
-    import train as script
-    from model import run_script
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["train.py", "--base", str(base_folder), *map(str, more)])
-    with pytest.raises(SystemExit) as caught:
-        run_script(script.main)
-    err = capsys.readouterr().err
-    assert caught.value.code == 2 and err.count("\n") == 1 and says in err
-    assert not list(tmp_path.iterdir())
-
-
 def test_help_names_every_setting(tmp_path):
     for script, names in {
             "train.py": "base images class_word placeholder prior num_prior alpha rank lr weight_decay steps batch_size frames height "

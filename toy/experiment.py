@@ -3,17 +3,23 @@
     python toy/experiment.py base       # does the base show what captions say? Clips of unseen seeds, half of them held out
     python toy/experiment.py decided    # at which sampling step is the direction of motion decided?
     python toy/experiment.py claim      # a subject at constant lambda, with the paper's schedule, and with others
-    python toy/experiment.py steps      # constant lambda and the paper's schedule against training steps
-    python toy/experiment.py sweep      # the same two for other ranks, learning rates, training lengths and priors
-    python toy/experiment.py methods    # the rows of the paper's Tables 1 and 2, over three subjects
+    python toy/experiment.py steps      # the same against training steps
+    python toy/experiment.py sweep      # the same for other ranks, learning rates, training lengths and priors
+    python toy/experiment.py            # methods: the rows of the paper's Tables 1 and 2, over three subjects
 
 Each trains what it needs, prints a table, and writes it with a picture into --out (outputs/experiment). Numbers are means over
 clips, each with its standard error; clip n of every row has the same prompt and the same seed. What is there already is not
 made again. `torchrun --nproc_per_node 2 toy/experiment.py ...` shares the work, which is faster on CPU cores too.
+
+    python toy/experiment.py --base checkpoints/videocrafter2 --subjects photos
+
+is the paper's own protocol: every folder of photos in photos/ (named by its class word: dog, dog2, backpack) is a subject, learned by
+every method at its published settings; 10 prompts each, from prompts/animals.txt or prompts/objects.txt; evaluate.py's metrics.
 """
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -27,11 +33,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from lora import load_subject
-from model import ROOT, BadInput, FlagParser, Tokenizer, complete_or_absent, load_base, run_script
+from model import ROOT, BadInput, FlagParser, Tokenizer, complete_or_absent, load_base, load_config, run_script
 from sample import ddim_steps, generate, labelled, parse_lambdas, slug
 from toy.world import (DIRECTIONS, GROUNDS, SPEED, SUBJECTS, caption, class_or_subject, draw_clip, draw_photos, likeness, measure,
                        random_scene)
-from train import newest_save
+from train import PUBLISHED, newest_save
 
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
@@ -42,7 +48,7 @@ SCHEDULES = {"constant 1.0": "1*50", "constant 0.8": "0.8*50", "constant 0.4": "
              "0.4 then 0.8, K = 20": "0.4*20,0.8*30", "0.0 then 0.8, K = 5": "0*5,0.8*45", "0.2 then 0.8, K = 5": "0.2*5,0.8*45",
              "0.6 then 0.8, K = 5": "0.6*5,0.8*45", "0.4, a ramp over 10, 0.8": "0.4*5,0.4>0.8*10,0.8*35"}
 # The default subject three times over: what becomes of motion in a long training, as the paper's is.
-LONG = {"long": ["--steps", 1200, "--save_every", 200, "--keep_last", 6]}
+LONG = {"long": ["--steps", 1200, "--save_every", 300, "--keep_last", 4]}
 SHORT = ["--steps", 500, "--save_every", 500]
 SWEEP = {"defaults": SHORT, "rank 2": [*SHORT, "--rank", 2], "rank 32": [*SHORT, "--rank", 32], "lr 0.0015": [*SHORT, "--lr", 0.0015],
          "lr 0.006": [*SHORT, "--lr", 0.006], "moving prior": [*SHORT, "--prior_motion"], "no prior": [*SHORT, "--alpha", 0]}
@@ -56,18 +62,31 @@ ROWS = {"base, class word": ("all", None), "Custom Diffusion": ("Custom Diffusio
         "LoRA on cross-attention, constant 0.8": ("cross", "0.8*50"), "LoRA on all spatial attention, constant 0.8": ("all", "0.8*50"),
         "the same, 0.4 then 0.8, K = 5 (CustomCrafter)": ("all", PAPER)}
 THREE = ("berry", "ember", "bee")
+# The same rows on a large base, at the methods' published settings.
+PROTOCOL = {"Custom Diffusion": ["--method", "custom_diffusion"], "DreamVideo": ["--method", "dreamvideo"], "cross": ["--targets", "cross"],
+            "all": []}
+ANIMALS = {"dog", "cat", "bird", "duck", "goose", "hen", "chicken", "owl", "parrot", "penguin", "horse", "pony", "cow", "sheep", "goat", "pig",
+           "rabbit", "hamster", "squirrel", "mouse", "fox", "wolf", "bear", "panda", "lion", "tiger", "monkey", "elephant", "turtle", "fish"}
 
 
 def main():
     p = FlagParser(description="Measure the embedded base and the paper's claim on it.")
-    p.add_argument("what", choices=["base", "decided", "claim", "steps", "sweep", "methods"])
+    p.add_argument("what", nargs="?", choices=["base", "decided", "claim", "steps", "sweep", "methods"], default="methods")
     p.add_argument("--base", type=Path, default=ROOT / "toy" / "base", help="base folder (default: %(default)s)")
-    p.add_argument("--subject", type=Path, default=ROOT / "toy" / "subject.safetensors", help="claim: subject.safetensors learned from one of toy/subjects (default: %(default)s)")
-    p.add_argument("--clips", type=int, help="clips per row (default: base 256, claim 128, decided 64, steps and sweep 32, methods 32 a subject)")
+    p.add_argument("--subject", type=Path, default=ROOT / "toy" / "subject.safetensors",
+                   help="claim: subject.safetensors learned from one of toy/subjects (default: %(default)s)")
+    p.add_argument("--clips", type=int,
+                   help="clips a row (default: base 256, claim 128, decided 64, steps and sweep 32, methods 32 a subject; with --subjects, "
+                        "1 for each of its 10 prompts)")
+    p.add_argument("--subjects", type=Path, help="the paper's protocol, on the subjects whose folders of photos are here")
+    p.add_argument("--clip", type=Path, help="--subjects: as for evaluate.py")
+    p.add_argument("--dino", type=Path, help="--subjects: as for evaluate.py")
     p.add_argument("--out", type=Path, default=Path("outputs/experiment"), help="folder for results (default: %(default)s)")
     args = p.parse_args()
     args.clips = args.clips or {"base": 256, "claim": 128, "decided": 64}.get(args.what, 32)
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.subjects:
+        return run_protocol(args)
     if args.world > 1:
         dist.init_process_group("gloo")
     base = load_base(args.base, f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
@@ -115,15 +134,15 @@ def measure_claim(args, base):
 
 
 def measure_steps(args, base):
-    """Constant lambda and the paper's schedule on every save of the long run."""
-    lines = compare_saves(args, base, "steps", train_subjects(args, LONG))
+    """Constant lambda and the paper's schedule on every save of a long run."""
+    lines = compare_saves(args, base, "steps", train_subjects(args, LONG), ("constant 0.8", "constant 0.4", "0.4 then 0.8, K = 5 (paper)"))
     if args.rank == 0:
         plot(args.out / "steps-plot.png", lines, ("direction", "distance", "frozen", "likeness"))
 
 
 def measure_sweep(args, base):
-    """The same two, one training setting changed at a time."""
-    compare_saves(args, base, "sweep", train_subjects(args, SWEEP))
+    """Constant lambda and the paper's schedule, one training setting changed at a time."""
+    compare_saves(args, base, "sweep", train_subjects(args, SWEEP), ("constant 0.8", "0.4 then 0.8, K = 5 (paper)"))
 
 
 def measure_methods(args, base):
@@ -144,6 +163,48 @@ def measure_methods(args, base):
             print_row(row, values, row == next(iter(ROWS)))
 
 
+def run_protocol(args):
+    """The paper's protocol (Sec. "Experiments"), on a base whose truth only the towers know: one command after another."""
+    if args.world > 1:
+        raise BadInput("--subjects: starts processes itself, one on each GPU for sampling; run it without torchrun")
+    config, table, python = load_config(args.base / "config.json"), {}, [sys.executable]
+    if torch.cuda.device_count() > 1:
+        python += ["-m", "torch.distributed.run", "--nproc_per_node", torch.cuda.device_count()]
+    folders = sorted(path for path in args.subjects.iterdir() if path.is_dir()) if args.subjects.is_dir() else []
+    if not folders:
+        raise BadInput(f"--subjects {args.subjects}: should hold a folder of photos for each subject, named by its class word")
+    for folder in folders:
+        word = re.sub(r"[\d_]+", " ", folder.name).strip()
+        videos, kind = args.out / folder.name, "animals" if word in ANIMALS else "objects"
+        prompts = videos / "prompts.txt"
+        with complete_or_absent(prompts) as temporary:
+            temporary.write_text((ROOT / "prompts" / f"{kind}.txt").read_text(encoding="utf-8").replace("{class word}", word), encoding="utf-8")
+        runs = {}
+        for run, flags in PROTOCOL.items():
+            steps = PUBLISHED[flags[1] if "--method" in flags else "customcrafter"].get("train_steps", config.defaults.train_steps)
+            runs[f"{folder.name} {run}"] = [*flags, "--steps", steps, "--images", folder, "--class_word", word]
+        learned = train_subjects(args, runs)
+        rows = {videos / slug(row): (learned.get(f"{folder.name} {run}") if schedule else None, schedule) for row, (run, schedule) in ROWS.items()}
+        for out, (run, schedule) in rows.items():
+            how = ["--subject", run / "subject.safetensors", "--lambdas", schedule] if schedule else ["--subject", "none"]
+            command("sampling", *python, ROOT / "sample.py", "--base", args.base, *how, "--prompts", prompts,
+                    "--num_videos", max(1, (args.clips or 10) // 10), "--seed", 0, "--format", "mp4", "--out", out)
+        towers = [x for flag in ("clip", "dino") if getattr(args, flag) for x in (f"--{flag}", getattr(args, flag))]
+        command("measuring", *python, ROOT / "evaluate.py", "--videos", *rows, "--images", folder, "--out", videos, *towers)
+        for video in json.loads((videos / "evaluation.json").read_text(encoding="utf-8"))["videos"]:
+            for metric, value in video.items():
+                if isinstance(value, float):
+                    table.setdefault(Path(video["folder"]).name, {}).setdefault(metric, []).append(value)
+    print(f"{len(folders)} subjects:")
+    for row in ROWS:
+        print_row(row, table[slug(row)], row == next(iter(ROWS)))
+
+
+def command(what, *words, environment=None):
+    if subprocess.run(list(map(str, words)), env=environment).returncode:
+        raise BadInput(f"{what}: stopped, see above; the same command goes on with it")
+
+
 def train_subjects(args, runs):
     """Name -> flags of train.py, which makes a run of each under --out/runs. Returns name -> folder. A process takes one run at a time."""
     folders = {name: args.out / "runs" / slug(name) for name in runs}
@@ -153,25 +214,23 @@ def train_subjects(args, runs):
     for name, flags in list(runs.items())[args.rank::args.world]:
         if not (folders[name] / f"step-{flags[1 + flags.index('--steps')]:06d}").exists():
             start = ["--resume" if newest_save(folders[name]) else "--out", folders[name]]
-            command = [sys.executable, ROOT / "train.py", "--base", args.base, *flags, *start]
-            if subprocess.run(list(map(str, command)), env=environment).returncode:
-                raise BadInput(f"training {name}: stopped, see above; the same command goes on with it")
+            command(f"training {name}", sys.executable, ROOT / "train.py", "--base", args.base, *flags, *start, environment=environment)
     if args.world > 1:
         dist.barrier()
     return folders
 
 
-def compare_saves(args, base, title, folders):
-    """Rows for every save of every run, at constant lambda and with the paper's schedule. Returns schedule -> steps -> metric -> mean."""
+def compare_saves(args, base, title, folders, schedules):
+    """A row for every save of every run and each schedule. Returns schedule -> steps -> metric -> mean."""
     saves = {name: [load_known_subject(path, base) for path in sorted(folder.glob("step-*/subject.safetensors"))]
              for name, folder in folders.items()}
     table = Table(args, base, title, subjects={name: subjects[-1][0].fingerprint() for name, subjects in saves.items()})
-    lines = {"constant 0.8": {}, "0.4 then 0.8, K = 5": {}}
+    lines = {label: {} for label in schedules}
     for name, subjects in saves.items():
         for subject, look in subjects:
-            for (label, line), schedule in zip(lines.items(), ("0.8*50", PAPER)):
+            for label, line in lines.items():
                 row = f"{name}, {subject.steps} steps, {label}"
-                compare_schedules(table, base, subject, look, {row: schedule})
+                compare_schedules(table, base, subject, look, {row: SCHEDULES[label]})
                 line[subject.steps] = {metric: np.mean(values) for metric, values in table.rows[row].items()}
     return lines
 
