@@ -15,6 +15,11 @@ from model import (PARTS, BaseConfig, Defaults, TextConfig, UNetConfig, VAEConfi
                    save_config)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "error")
+    config.addinivalue_line("filterwarnings", "ignore:This process .* is multi-threaded:DeprecationWarning")  # `fork` below, Python 3.12
+
+
 def write_base(folder, seed=0):
     """A base folder with random weights, none of them zero, in which everything is small."""
     torch.manual_seed(seed)

@@ -94,7 +94,7 @@ def test_an_interrupted_table_goes_on(tmp_path, monkeypatch, toy):
     assert asked == 2 * [caption(s) for s in scenes] and list(table.rows) == ["one", "two"]
     assert table.rows["two"]["direction"] == table.rows["two"]["shape"] == [1.0] * 6
     assert np.allclose(table.rows["one"]["distance"], 1, atol=0.05) and sum(table.rows["one"]["frozen"]) == 0
-    assert Image.open(tmp_path / "x.png").size == (8 * 64, 4 * (64 + 14))
+    assert Image.open(tmp_path / "x.png").size == (2 * 8 * 64, 2 * (64 + 14))
     with pytest.raises(BadInput, match="other settings"):
         Table(Namespace(clips=7, out=tmp_path, rank=0, world=1), toy, "x")
 

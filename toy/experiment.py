@@ -298,14 +298,14 @@ class Table:
             print_row(row, self.rows[row], row == next(iter(self.rows)))
 
     def save(self, row, clips):
-        """The rows so far as JSON; a strip with the row's first clips, a clip a line, below the strips of the rows before."""
+        """The rows so far as JSON; strips with the row's first clips, two a strip, below the strips of the rows before."""
         with complete_or_absent(self.path) as temporary:
             temporary.write_text(json.dumps({"settings": self.settings, "rows": self.rows}) + "\n", encoding="utf-8")
         picture, strips = self.path.with_suffix(".png"), []
         if len(self.rows) > 1 and picture.exists():
             strips = [np.asarray(Image.open(picture))]
         frames = [Image.fromarray(np.concatenate(list(clip), axis=1)) for clip in clips]
-        strips += [np.asarray(labelled([frame], row if i == 0 else "")) for i, frame in enumerate(frames)]
+        strips += [np.asarray(labelled(frames[i:i + 2], "" if i else row)) for i in range(0, len(frames), 2)]
         with complete_or_absent(picture) as temporary:
             Image.fromarray(np.concatenate(strips)).save(temporary, format="png")
 
