@@ -131,6 +131,10 @@ def measure_claim(args, base):
     subject, name = load_known_subject(args.subject, base)
     table = Table(args, base, f"claim-{name}", subject=subject.fingerprint())
     compare_schedules(table, base, subject, name, {"base, class word": None, **SCHEDULES})
+    if args.rank == 0:
+        photos = draw_photos(name)
+        found = [np.mean([likeness(photo[None], name) for photo in some]) for some in (photos, [through_vae(base, photo) for photo in photos])]
+        print(f"likeness of the photos themselves: {found[0]:.3f}, after the VAE: {found[1]:.3f}")
 
 
 def measure_steps(args, base):
@@ -357,10 +361,16 @@ def sample_clips(base, prompts, which, later_prompts=None, k=None, **how):
 
 
 @torch.no_grad()
+def through_vae(base, picture):
+    """(H, W, 3) uint8 -> the same, encoded and decoded."""
+    x = torch.from_numpy(picture).permute(2, 0, 1)[None].to(base.device) / 127.5 - 1
+    return base.decode(base.vae.encode(x)[:, :, None])[0, 0].numpy()
+
+
 def psnr(base, picture):
     """(H, W, 3) uint8 -> what is left of it after the VAE, in dB."""
-    x = torch.from_numpy(picture).permute(2, 0, 1)[None].to(base.device) / 127.5 - 1
-    return (10 * torch.log10(4 / (base.vae.decode(base.vae.encode(x)).clamp(-1, 1) - x).pow(2).mean())).item()
+    error = picture.astype(float) - through_vae(base, picture)
+    return 10 * np.log10(255 ** 2 / np.mean(error ** 2))
 
 
 def plot(path, lines, metrics, width=300, height=200):
