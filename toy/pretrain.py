@@ -51,8 +51,8 @@ def main():
     p.add_argument("--base", type=Path, default=Path("toy/base"), help="folder that the base is written to")
     p.add_argument("--vae_steps", type=int, default=4400, help="steps of 16 pictures")
     p.add_argument("--image_steps", type=int, default=1000, help="first steps of the UNet, on 64 single frames each")
-    p.add_argument("--clip_steps", type=int, default=3200, help="further steps of the UNet, on 16 clips each")
-    p.add_argument("--clips", type=int, default=6000, help="clips that are drawn and encoded once")
+    p.add_argument("--clip_steps", type=int, default=8000, help="further steps of the UNet, on 16 clips each")
+    p.add_argument("--clips", type=int, default=8000, help="clips that are drawn and encoded once")
     args = p.parse_args()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.out.mkdir(parents=True, exist_ok=True)
