@@ -47,8 +47,8 @@ SCHEDULES = {"constant 1.0": "1*50", "constant 0.8": "0.8*50", "constant 0.4": "
              "0.4 then 0.8, K = 2": "0.4*2,0.8*48", "0.4 then 0.8, K = 10": "0.4*10,0.8*40",
              "0.4 then 0.8, K = 20": "0.4*20,0.8*30", "0.0 then 0.8, K = 5": "0*5,0.8*45", "0.2 then 0.8, K = 5": "0.2*5,0.8*45",
              "0.6 then 0.8, K = 5": "0.6*5,0.8*45", "0.4, a ramp over 10, 0.8": "0.4*5,0.4>0.8*10,0.8*35"}
-# The default subject three times over: what becomes of motion in a long training, as the paper's is.
-LONG = {"long": ["--steps", 1200, "--save_every", 300, "--keep_last", 4]}
+# The paper trains for long, at a low rate; in 500 steps this base learns a subject's shape and main colour, but not its pattern.
+LONG = {"long": ["--rank", 32, "--lr", 0.001, "--steps", 3000, "--save_every", 500, "--keep_last", 6]}
 SHORT = ["--steps", 500, "--save_every", 500]
 SWEEP = {"defaults": SHORT, "rank 2": [*SHORT, "--rank", 2], "rank 32": [*SHORT, "--rank", 32], "lr 0.0015": [*SHORT, "--lr", 0.0015],
          "lr 0.006": [*SHORT, "--lr", 0.006], "moving prior": [*SHORT, "--prior_motion"], "no prior": [*SHORT, "--alpha", 0]}
@@ -73,8 +73,7 @@ def main():
     p = FlagParser(description="Measure the embedded base and the paper's claim on it.")
     p.add_argument("what", nargs="?", choices=["base", "decided", "claim", "steps", "sweep", "methods"], default="methods")
     p.add_argument("--base", type=Path, default=ROOT / "toy" / "base", help="base folder (default: %(default)s)")
-    p.add_argument("--subject", type=Path, default=ROOT / "toy" / "subject.safetensors",
-                   help="claim: subject.safetensors learned from one of toy/subjects (default: %(default)s)")
+    p.add_argument("--subject", type=Path, help="claim: subject.safetensors learned from one of toy/subjects (default: one trained for long)")
     p.add_argument("--clips", type=int,
                    help="clips a row (default: base 256, claim 128, decided 64, steps and sweep 32, methods 32 a subject; with --subjects, "
                         "1 for each of its 10 prompts)")
@@ -128,7 +127,7 @@ def measure_decision(args, base):
 
 def measure_claim(args, base):
     """Motion, composition and likeness of a learned subject at every lambda schedule; the base as reference."""
-    subject, name = load_known_subject(args.subject, base)
+    subject, name = load_known_subject(args.subject or train_subjects(args, LONG)["long"] / "subject.safetensors", base)
     table = Table(args, base, f"claim-{name}", subject=subject.fingerprint())
     compare_schedules(table, base, subject, name, {"base, class word": None, **SCHEDULES})
     if args.rank == 0:
@@ -139,7 +138,7 @@ def measure_claim(args, base):
 
 def measure_steps(args, base):
     """Constant lambda and the paper's schedule on every save of a long run."""
-    lines = compare_saves(args, base, "steps", train_subjects(args, LONG), ("constant 0.8", "constant 0.4", "0.4 then 0.8, K = 5 (paper)"))
+    lines = compare_saves(args, base, "steps", train_subjects(args, LONG), ("constant 0.8", "constant 0.4", "0.4 then 0.8, K = 5 (paper)", "0.4 then 0.8, K = 10"))
     if args.rank == 0:
         plot(args.out / "steps-plot.png", lines, ("direction", "distance", "frozen", "likeness"))
 
@@ -376,7 +375,7 @@ def psnr(base, picture):
 def plot(path, lines, metrics, width=300, height=200):
     """Line -> steps -> metric -> mean becomes one panel a metric, steps on a linear axis from 0, means from 0 to the largest or 1."""
     image = Image.new("RGB", (width * len(metrics), height + 14 * len(lines) + 8), "white")
-    pen, colours = ImageDraw.Draw(image), ("#c03020", "#2050c0", "#208040")
+    pen, colours = ImageDraw.Draw(image), ("#c03020", "#808080", "#2050c0", "#208040")
     for i, metric in enumerate(metrics):
         top = max(1.0, max(values[metric] for line in lines.values() for values in line.values()))
         last = max(step for line in lines.values() for step in line)
