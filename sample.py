@@ -127,10 +127,7 @@ def main():
     base = load_base(args.base, device, getattr(torch, precision))
     subjects = [load_subject(path, base) for path in paths]
     prompts = read_prompts(args, d, subjects)
-    seed = args.seed if args.seed is not None else random_seed(world)
-    if rank == 0:
-        named = ", ".join(f"subject {path} ({s.placeholder} {s.class_word}, {s.steps} steps)" for path, s in zip(paths, subjects))
-        print(f"base {args.base} ({base.config.name}), {named or 'no subject'}, seed {seed}", flush=True)
+    seed = args.seed if args.seed is not None else secrets.randbelow(2**31)
 
     # List what to make, each with all that its pixels depend on; what is there already is left out.
     facts = {name: getattr(d, name) for name in ("steps", "cfg", "eta", "fps", "save_fps", "frames", "height", "width")} | {
@@ -138,7 +135,10 @@ def main():
         "negative_prompt": args.negative_prompt, "base": base.config.name, "base_fingerprint": base.config.fingerprint,
         "subjects": [{"path": str(path), "fingerprint": s.fingerprint(), "placeholder": s.placeholder, "class_word": s.class_word}
                      for path, s in zip(paths, subjects)]}
-    jobs = list_jobs(args, prompts, seed, facts)
+    seed, jobs = as_on_rank_0((seed, list_jobs(args, prompts, seed, facts)), world)
+    if rank == 0:
+        named = ", ".join(f"subject {path} ({s.placeholder} {s.class_word}, {s.steps} steps)" for path, s in zip(paths, subjects))
+        print(f"base {args.base} ({base.config.name}), {named or 'no subject'}, seed {seed}", flush=True)
 
     # Make them, a batch at a time. The batches do not depend on the number of processes, so neither does a video.
     batches = [jobs[i:i + args.batch_size] for i in range(0, len(jobs), args.batch_size)][rank::world]
@@ -286,14 +286,14 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def random_seed(world):
-    """A seed that all processes agree on."""
-    seed = [secrets.randbelow(2**31)]
+def as_on_rank_0(value, world):
+    """Rank 0's value, on every process: a random seed, or what another process may find written already."""
+    box = [value]
     if world > 1:
         dist.init_process_group("gloo")
-        dist.broadcast_object_list(seed)
+        dist.broadcast_object_list(box)
         dist.destroy_process_group()
-    return seed[0]
+    return box[0]
 
 
 def read_prompts(args, d, subjects):

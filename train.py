@@ -198,8 +198,8 @@ def generate_prior(folder, caption, d, base, rank, world, frames, batch=8):
     Those there already stay. The paper takes 200 pictures from LAION-400M; a folder of such pictures goes to --prior.
     """
     ending = "mp4" if frames > 1 else "png"
-    missing = [k for k in range(d.num_prior) if not (folder / f"{k:04d}.{ending}").exists()]
-    mine, batch = missing[rank::world], max(1, batch // frames)
+    mine = [k for k in range(rank, d.num_prior, world) if not (folder / f"{k:04d}.{ending}").exists()]
+    batch = max(1, batch // frames)
     with only_writer(folder, rank):
         for numbers in tqdm([mine[i:i + batch] for i in range(0, len(mine), batch)], desc="prior", unit="batch", disable=rank > 0):
             videos = generate(base, [caption] * len(numbers), numbers, settings=replace(d, frames=frames)).numpy()

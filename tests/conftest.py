@@ -17,6 +17,8 @@ from model import (PARTS, BaseConfig, Defaults, TextConfig, UNetConfig, VAEConfi
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
+    for category in ("ResourceWarning", "pytest.PytestUnraisableExceptionWarning"):  # FFMPEG's reader, when it is let go
+        config.addinivalue_line("filterwarnings", f"ignore::{category}")
     config.addinivalue_line("filterwarnings", "ignore:This process .* is multi-threaded:DeprecationWarning")  # `fork` below, Python 3.12
 
 
