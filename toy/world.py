@@ -269,6 +269,7 @@ class Measured:
 
 BROKEN = 17.0     # dB
 STRAIGHT = 3.0    # pixels, root mean square, that a track may be off its straight line
+REACH = 16        # half pixels; so far from the middle may a sprite's centre lie, which is up to the edge
 
 
 class SpriteBank:
@@ -282,20 +283,19 @@ class SpriteBank:
         m, body = F.avg_pool2d(m, 2), F.avg_pool2d(m * body, 2) / F.avg_pool2d(m, 2).clamp(min=1e-6)
         # gain = m * A + 2 (m S) * I - (m S^2) * 1, with * a correlation and A = (I - G)^2 - I^2
         terms = torch.cat([m, 2 * m * body, -m * (body ** 2).sum(1, keepdim=True)], dim=1)
-        self.terms = torch.fft.rfft2(terms, s=(SIZE, SIZE)).conj()                                  # (N, 5, 64, 33)
+        terms = torch.roll(F.pad(terms, (0, REACH, 0, REACH)), (-REACH, -REACH), dims=(2, 3))
+        self.terms = torch.fft.rfft2(terms).conj()                                                  # (N, 5, 48, 25)
 
     def search(self, clip, ground):
         """clip (T, 64, 64, 3), ground (64, 64, 3) -> gains (N, T), track (N, T, 2) of every sprite's best centres."""
         image, bare = (F.avg_pool2d(torch.tensor(x, dtype=torch.float32).permute(0, 3, 1, 2), 2) for x in (clip, ground[None]))
         a = ((image - bare) ** 2 - image ** 2).sum(1, keepdim=True)
-        frames = torch.fft.rfft2(torch.cat([a, image, torch.ones_like(a)], dim=1), s=(SIZE, SIZE))  # (T, 5, 64, 33)
-        gain = torch.fft.irfft2(torch.einsum("ncyx,tcyx->ntyx", self.terms, frames), s=(SIZE, SIZE))
-        reach = 16  # half pixels; so far from the middle may a sprite's centre lie, which is up to the edge
-        gain = torch.roll(gain, (reach, reach), dims=(2, 3))[:, :, :2 * reach + 1, :2 * reach + 1]
+        frames = torch.fft.rfft2(F.pad(torch.cat([a, image, torch.ones_like(a)], dim=1), (0, REACH, 0, REACH)))
+        gain = torch.fft.irfft2(torch.einsum("ncyx,tcyx->ntyx", self.terms, frames))[:, :, :2 * REACH + 1, :2 * REACH + 1]
         best, where = gain.flatten(2).max(2)
-        y, x = where // (2 * reach + 1), where % (2 * reach + 1)
+        y, x = where // (2 * REACH + 1), where % (2 * REACH + 1)
         track = torch.stack([x + vertex(gain, y, x, 3), y + vertex(gain, y, x, 2)], -1)
-        return best, SIZE / 2 + 2 * (track - reach)
+        return best, SIZE / 2 + 2 * (track - REACH)
 
 
 def vertex(gain, y, x, axis):
