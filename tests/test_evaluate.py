@@ -1,6 +1,8 @@
 """The metrics against NumPy with small random towers, what each must not see, and the table of a folder of videos."""
 import csv
 import json
+import os
+import sys
 
 import numpy as np
 import open_clip
@@ -11,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import evaluate
-from conftest import ROOT, run
+from conftest import ROOT, fork, run, wait
 from evaluate import Tower, consistency, cosines, load_dino, motion, read_video
 from model import BadInput
 from sample import save_video
@@ -101,15 +103,26 @@ def write_videos(folder, subjects, clips):
     return folder
 
 
+def use_small_towers():
+    evaluate.load_clip = evaluate.load_dino = small_tower
+    sys.stderr = open(os.devnull, "w")  # no progress bar among the lines
+
+
 def evaluate_with_small_towers(tmp_path, processes, *flags):
-    """evaluate.py's own main under torchrun, but for the weights; the table's lines."""
+    """evaluate.py's own main, on two processes under torchrun, but for the weights; the table's lines."""
+    if processes == 1:
+        assert wait(fork(evaluate.main, ["evaluate.py", *flags], tmp_path, use_small_towers)) == 0
+        return table_in((tmp_path / "output").read_text())
     script = tmp_path / "small.py"
     script.write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nimport evaluate\nimport test_evaluate\n"
-                      "evaluate.load_clip = evaluate.load_dino = test_evaluate.small_tower\nevaluate.main()\n")
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", processes] if processes > 1 else []
-    done = run(script, *flags, cwd=tmp_path, launcher=map(str, launcher))
+                      "test_evaluate.use_small_towers()\nevaluate.main()\n")
+    done = run(script, *flags, cwd=tmp_path, launcher=("-m", "torch.distributed.run", "--nproc_per_node", str(processes)))
     assert done.returncode == 0, done.stderr
-    return [line for line in done.stdout.splitlines() if line.startswith("|")]
+    return table_in(done.stdout)
+
+
+def table_in(output):
+    return [line for line in output.splitlines() if line.startswith("|")]
 
 
 def test_the_table_of_two_folders(clip, photos_folder, tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 import evaluate
 import sample
 import train
-from conftest import ROOT, run
+from conftest import ROOT, fork, run, wait
 from lora import load_subject
 from model import BadInput, Tokenizer, load_base
 from toy import experiment
@@ -99,11 +99,17 @@ def test_an_interrupted_table_goes_on(tmp_path, monkeypatch, toy):
         Table(Namespace(clips=7, out=tmp_path, rank=0, world=1), toy, "x")
 
 
-def test_runs_are_trained_once_and_finished(base_folder, photos_folder, tmp_path, capfd):
-    args = Namespace(out=tmp_path, base=base_folder, rank=0, world=1)
-    for steps, trained in ((2, True), (2, False), (3, True)):
+def test_runs_are_trained_once_and_finished(base_folder, photos_folder, tmp_path, monkeypatch):
+    args, runs = Namespace(out=tmp_path, base=base_folder, rank=0, world=1), []
+
+    def command_in_a_fork(argv, env):
+        runs.append(argv)
+        return Namespace(returncode=wait(fork(train.main, argv[1:], tmp_path)))
+
+    monkeypatch.setattr(experiment.subprocess, "run", command_in_a_fork)
+    for steps, trained in ((2, 1), (2, 1), (3, 2)):
         folder = train_subjects(args, {"long": ["--steps", steps, "--images", photos_folder, "--class_word", "dog", "--alpha", 0]})["long"]
-        assert ("wrote" in capfd.readouterr().out) == trained
+        assert len(runs) == trained
     assert [path.name for path in sorted(folder.glob("step-*"))] == ["step-000002", "step-000003"]
     assert len((folder / "log.jsonl").read_text().splitlines()) == 3
     with pytest.raises(BadInput, match="training wrong"):
