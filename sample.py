@@ -126,12 +126,14 @@ def main():
     precision = pick_precision(args.precision, device)
     base = load_base(args.base, device, getattr(torch, precision))
     subjects = [load_subject(path, base) for path in paths]
+    if args.compile:
+        base.unet.compile()
     prompts = read_prompts(args, d, subjects)
     seed = args.seed if args.seed is not None else secrets.randbelow(2**31)
 
     # List what to make, each with all that its pixels depend on; what is there already is left out.
     facts = {name: getattr(d, name) for name in ("steps", "cfg", "eta", "fps", "save_fps", "frames", "height", "width")} | {
-        "lambda_s": d.lambda_s, "lambda_l": d.lambda_l, "K": d.K, "lambdas": args.lambdas, "precision": precision,
+        "lambda_s": d.lambda_s, "lambda_l": d.lambda_l, "K": d.K, "lambdas": args.lambdas, "precision": precision, "compile": args.compile,
         "negative_prompt": args.negative_prompt, "base": base.config.name, "base_fingerprint": base.config.fingerprint,
         "subjects": [{"path": str(path), "fingerprint": s.fingerprint(), "placeholder": s.placeholder, "class_word": s.class_word}
                      for path, s in zip(paths, subjects)]}
@@ -207,6 +209,7 @@ def parse_args():
                    help="kinds of files to write; png: one picture with all frames (default: mp4 gif)")
     p.add_argument("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
                    help="of the UNet; auto: bfloat16 on a GPU that has it, else float32 (bfloat16 is very slow on CPUs)")
+    p.add_argument("--compile", action="store_true", help="torch.compile the UNet: slow to start, then faster; the same up to rounding")
     p.add_argument("--out", type=Path, default=Path("outputs"), help="folder for the videos (default: %(default)s)")
     args = p.parse_args()
     check_flags(args, lambda_s=(-10, 10), lambda_l=(-10, 10), K=(0, TRAIN_STEPS - 1), steps=(1, TRAIN_STEPS - 1),

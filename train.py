@@ -80,6 +80,8 @@ def main():
     optimizer = torch.optim.AdamW([{"params": params[:1], "lr": args.word_lr or d.lr}, {"params": params[1:]}],
                                   lr=d.lr, weight_decay=d.weight_decay)
     base.unet.grad_checkpointing = args.grad_checkpointing
+    if args.compile:
+        base.unet.compile()
 
     # Go on from a save, if asked. Everything random follows from the number of a sample, so a run's state is short.
     B = d.batch_size
@@ -396,6 +398,7 @@ def parse_args():
     p.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
                    help="of the frozen UNet; V* and LoRA are float32. auto: bfloat16 on a GPU that has it, float32 on a CPU")
     p.add_argument("--grad_checkpointing", action="store_true", help="less memory for a third more time")
+    p.add_argument("--compile", action="store_true", help="torch.compile the UNet: slow to start, then faster; the same up to rounding")
     p.add_argument("--seed", type=int, default=0, help="of crops, captions, noise and the LoRA's start (default: %(default)s)")
     p.add_argument("--out", type=Path, help="folder for subject.safetensors (default: runs/ and the photo folder's name)")
     p.add_argument("--save_every", type=int, help="steps between saves")

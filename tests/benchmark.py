@@ -3,6 +3,9 @@
     python tests/benchmark.py                     # VideoCrafter2's size, random weights; for GPUs
     python tests/benchmark.py --quick             # the same networks on fewer, smaller frames; for CPUs, about 5 minutes
     python tests/benchmark.py --base toy/base     # a base's own weights and size
+    python tests/benchmark.py --only "matrix product" "UNet call with guidance" --repeats 1     # full size on a CPU: some of it
+    python tests/benchmark.py --quick --scaling   # cost against frames, size, clips, rank and processes, and the start-up
+    python tests/benchmark.py --quick --profile   # where a UNet call's time goes, by kind of work
 
 Prints two tables, and writes them to --json. The first: median time of each piece of work, its arithmetic (matrix products,
 convolutions and attention, as torch counts them), the rate, and the rate's share of a large matrix product's in the same
@@ -13,7 +16,9 @@ import argparse
 import json
 import math
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,7 +33,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from data import still_video
 from lora import MergedLoRA, add_lora
-from model import PARTS, VOCAB_SIZE, Base, BaseConfig, NoiseSchedule, build_part, complete_or_absent, load_base, run_script
+from model import (PARTS, VOCAB_SIZE, BadInput, Base, BaseConfig, NoiseSchedule, ResBlock, SpatialTransformer, TemporalConv, TemporalTransformer,
+                   build_part, complete_or_absent, load_base, run_script)
 from sample import check_flags, ddim, peak_memory, pick_precision, two_step_schedule
 from test_lora import random_subject
 
@@ -36,10 +42,14 @@ from test_lora import random_subject
 def main():
     p = argparse.ArgumentParser(description="Time sampling and training against the processor's own matrix rate.")
     p.add_argument("--base", type=Path, help="base folder (default: random weights of VideoCrafter2's size)")
-    p.add_argument("--quick", action="store_true", help="4 frames of 256x160, 2 sampling steps, fewer repeats")
-    p.add_argument("--repeats", type=int, help="turns that count (default: 7, with --quick 3)")
+    p.add_argument("--quick", action="store_true", help="4 frames of 128x128, 2 sampling steps, fewer repeats")
+    p.add_argument("--repeats", type=int, help="turns that count (default: 7, with --quick 2)")
     p.add_argument("--steps", type=int, help="sampling steps of a timed video (default: 50, with --quick 2)")
     p.add_argument("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of the UNet")
+    p.add_argument("--only", nargs="+", default=[], metavar="WORK", help="only these rows, and the ratios between them")
+    p.add_argument("--compile", action="store_true", help="also the UNet call compiled by torch.compile, which first takes minutes")
+    p.add_argument("--scaling", action="store_true", help="in their place, how cost grows with frames, size, clips, rank and processes")
+    p.add_argument("--profile", action="store_true", help="in their place, a UNet call's time by kind of work")
     p.add_argument("--json", type=Path, help="also write the numbers there")
     args = p.parse_args()
     check_flags(argparse.Namespace(**vars(args), out=None), repeats=(1, 1000), steps=(1, 999))
@@ -48,24 +58,34 @@ def main():
     base = load_base(args.base, device, getattr(torch, precision)) if args.base else random_base(device, getattr(torch, precision))
     d = base.config.defaults
     if args.quick and not args.base:
-        d = replace(d, frames=4, height=160, width=256)
+        d = replace(d, frames=4, height=128, width=128)
     d = replace(d, steps=args.steps or (2 if args.quick else d.steps), K=1 if args.quick else d.K)
-    repeats = args.repeats or (3 if args.quick else 7)
+    repeats = args.repeats or (2 if args.quick else 7)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, UNet in {precision}: {d.frames} frames of {d.width}x{d.height}, {d.steps} steps, "
           f"median of {repeats}", flush=True)
 
+    if args.profile:
+        return print_profile(base, d)
+    if args.scaling:
+        return print_scaling(base, d, repeats)
     work = {**matrix_product(device, getattr(torch, precision)), **sampling_work(base, d), **training_work(base, d)}
-    found = measure(work, repeats)
+    if args.compile:
+        compiled, inputs = torch.compile(base.unet), random_inputs(base, d, 2)
+        work["UNet call, compiled"] = torch.no_grad()(lambda: compiled(*inputs))
+    if unknown := set(args.only) - set(work):
+        raise BadInput(f"--only {unknown.pop()!r}: should be of {', '.join(map(repr, work))}")
+    found = measure({label: call for label, call in work.items() if not args.only or label in (*args.only, "matrix product")}, repeats)
     peak = found["matrix product"]["TFLOP/s"]
     print("\n| work | seconds | TFLOP | TFLOP/s | of the matrix rate | peak GB |\n|---|---|---|---|---|---|")
     for label, row in found.items():
-        if label in SHOWN:
+        if label in SHOWN or args.only:
             row["of the matrix rate"] = row["TFLOP/s"] / peak
             print(f"| {label} | {row['seconds']:.3f} | {row['TFLOP']:.3f} | {row['TFLOP/s']:.2f} | {row['of the matrix rate']:.0%} | "
                   f"{row['peak GB']:.1f} |")
-    print("\n| ratio | plain / ours |\n|---|---|")
-    ratios = {label: found[plain]["seconds"] / found[ours]["seconds"] for label, (plain, ours) in RATIOS.items()}
+    ratios = {label: found[plain]["seconds"] / found[ours]["seconds"] for label, (plain, ours) in RATIOS.items() if {plain, ours} <= set(found)}
+    if ratios:
+        print("\n| ratio | plain / ours |\n|---|---|")
     for label, ratio in ratios.items():
         print(f"| {label} | {ratio:.2f} |")
     if args.json:
@@ -82,6 +102,7 @@ RATIOS = {"customised sampling over plain (plain / ours: 1 is free)": ("a video,
           "one encoded frame for a still video": ("encoding every frame", "encoding one frame"),
           "scaled_dot_product_attention": ("UNet call, explicit softmax", "UNet call with guidance"),
           "prior latents and texts encoded once": ("training step, encoding its prior", "training step"),
+          "--compile": ("UNet call with guidance", "UNet call, compiled"),
           "only the gradients needed": ("training step, all gradients", "training step"),
           "without checkpointing (speed for memory)": ("training step, checkpointed", "training step")}
 
@@ -202,6 +223,81 @@ def training_work(base, d):
     return {"training step": step, "training step, checkpointed": lambda: step(checkpointing=True),
             "training step, encoding its prior": lambda: step(encode_prior=True),
             "training step, all gradients": lambda: step(all_gradients=True)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How cost grows, and where it goes
+
+
+def print_scaling(base, d, repeats):
+    """A row for each size: seconds, arithmetic, and the time that an operation takes, relative to that kind's first row."""
+    def call(clips, **change):
+        inputs = random_inputs(base, replace(d, **change), clips)
+        return torch.no_grad()(lambda: base.unet(*inputs))
+
+    kinds = {"frames": {f"{n} frames": call(1, frames=n) for n in (d.frames, 2 * d.frames, 4 * d.frames)},
+             "size": {f"{d.width * n}x{d.height * n}": call(1, width=n * d.width, height=n * d.height) for n in (1, 2)},
+             "clips": {f"{n} clips": call(n) for n in (1, 2, 4)},
+             "rank": {f"training step, rank {rank}": training_work(base, replace(d, rank=rank))["training step"] for rank in (4, 16, 64)}}
+    found = measure({label: call for rows in kinds.values() for label, call in rows.items()}, repeats)
+    print("\n| UNet call with | seconds | TFLOP | seconds per TFLOP, first row: 1 |\n|---|---|---|---|")
+    for rows in kinds.values():
+        costs = [found[label]["seconds"] / found[label]["TFLOP"] for label in rows]
+        for label, cost in zip(rows, costs):
+            print(f"| {label} | {found[label]['seconds']:.3f} | {found[label]['TFLOP']:.3f} | {cost / costs[0]:.2f} |")
+    print("\n| embedded base, 20 training steps | seconds a clip | start-up: seconds from the command to the end of step 1 |\n|---|---|---|")
+    for processes in (1, 2, 4):
+        start, seconds = time_training(processes, clips=4)
+        print(f"| {processes} processes | {seconds:.3f} | {start:.1f} |")
+
+
+def time_training(processes, clips, steps=20):
+    """train.py on the embedded base -> seconds until the end of step 1, and median seconds for each of the `clips` of a step."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, *launcher, ROOT / "train.py", "--base", ROOT / "toy" / "base", "--alpha", 0, "--steps", steps,
+                   "--batch_size", clips // processes, "--out", Path(folder) / "run"]
+        began = time.time()
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        if done.returncode:
+            raise BadInput(f"train.py on {processes} processes: {done.stderr.strip()[-300:]}")
+        seconds = [json.loads(line)["seconds"] for line in (Path(folder) / "run" / "log.jsonl").read_text().splitlines()]
+        end = (Path(folder) / "run" / "log.jsonl").stat().st_mtime
+    return end - sum(seconds[1:]) - began, statistics.median(seconds[1:]) / clips
+
+
+COPIES = ("aten::copy_", "aten::cat", "aten::repeat_interleave", "aten::index_select")
+ARITHMETIC = ("aten::addmm", "aten::mm", "aten::bmm", "conv", "scaled_dot_product")
+LAYERS = (TemporalConv, TemporalTransformer, SpatialTransformer, ResBlock)
+
+
+def print_profile(base, d):
+    """A UNet call with guidance by kind of layer: seconds in products and convolutions, in copies, and in all else."""
+    inputs, forwards = random_inputs(base, d, 2), {layer: layer.forward for layer in LAYERS}
+
+    def named(layer):
+        def forward(self, *x):
+            with torch.profiler.record_function(layer.__name__):
+                return forwards[layer](self, *x)
+        return forward
+
+    with torch.no_grad():
+        base.unet(*inputs)
+        for layer in LAYERS:
+            layer.forward = named(layer)
+        with torch.profiler.profile() as found:
+            base.unet(*inputs)
+    table = {layer.__name__: [0.0, 0.0, 0.0] for layer in LAYERS} | {"other": [0.0, 0.0, 0.0]}
+    for event in found.events():
+        inner = event
+        while inner and inner.name not in table:
+            inner = inner.cpu_parent
+        kind = 1 if event.name in COPIES else 0 if any(name in event.name for name in ARITHMETIC) else 2
+        seconds = event.self_device_time_total if base.device.type == "cuda" else event.self_cpu_time_total
+        table[inner.name if inner else "other"][kind] += seconds / 1e6
+    print("\n| layer | products and convolutions, s | copies, s | all else, s |\n|---|---|---|---|")
+    for layer, seconds in table.items():
+        print(f"| {layer} | " + " | ".join(f"{x:.3f}" for x in seconds) + " |")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

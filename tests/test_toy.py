@@ -76,6 +76,11 @@ def test_measures_fail_on_noise_and_on_frozen_and_shuffled_clips():
         one_bad[2] = rng.integers(0, 256, clip[2].shape)
         assert measure(one_bad, scene.fps).broken == 1 / 8
 
+def test_consistency_of_pixels_is_one_for_a_frozen_clip():
+    clip = draw_clip(random_scene(np.random.default_rng(5)))
+    of = lambda clip: evaluate.consistency(experiment.pixel_features(clip))
+    assert of(clip[[3] * 8]) == pytest.approx(1) and of(np.random.default_rng(0).permutation(clip)) < of(clip) < 0.99
+
 
 def test_an_interrupted_table_goes_on(tmp_path, monkeypatch, toy):
     scenes, asked = draw_scenes(6), []
@@ -135,16 +140,17 @@ def test_the_papers_protocol_asks_for_every_method_and_prompt(base_folder, photo
     monkeypatch.setattr("sys.argv", ["experiment.py", "--base", str(base_folder), "--subjects", str(tmp_path / "photos"), "--out", str(tmp_path / "out")])
     experiment.main()
     trained, sampled = [a for a in asked if hasattr(a, "class_word")], [a for a in asked if hasattr(a, "lambdas")]
-    assert [(a.class_word, a.method, a.targets, a.train_steps) for a in trained[:4]] == [
-        ("clock", "custom_diffusion", "all", 500), ("clock", "dreamvideo", "all", 4000), ("clock", "customcrafter", "cross", 4),
-        ("clock", "customcrafter", "all", 4)]
-    assert [a.lambdas for a in sampled[:6]] == ["", "1*50", "1*50", "0.8*50", "0.8*50", experiment.PAPER] and len(sampled) == 12
-    assert len(trained) == 8 and trained[4].class_word == "dog" and len(asked) == 22
+    assert [(a.class_word, a.method, a.targets, a.train_steps, a.word_steps) for a in trained[:6]] == [
+        ("clock", "custom_diffusion", "all", 500, None), ("clock", "custom_diffusion", "all", 1000, None),
+        ("clock", "dreamvideo", "all", 4000, 3000), ("clock", "dreamvideo", "all", 8000, 6000),
+        ("clock", "customcrafter", "cross", 4, None), ("clock", "customcrafter", "all", 4, None)]
+    assert [a.lambdas for a in sampled[:8]] == ["", *4 * ["1*50"], "0.8*50", "0.8*50", experiment.PAPER] and len(sampled) == 16
+    assert len(trained) == 12 and trained[6].class_word == "dog" and len(asked) == 30
     for name, says in (("clock", "a V* clock turning"), ("dog2", "a V* dog running")):
         prompts = [line for line in (tmp_path / "out" / name / "prompts.txt").read_text().splitlines() if line[0] != "#"]
         assert len(prompts) == 10 and any(line.startswith(says) for line in prompts) and all("V*" in line for line in prompts)
     table = capsys.readouterr().out.splitlines()
-    assert table[1] == "| 2 clips a row | CLIP-T |" and table[-1].startswith("| the same, 0.4 then 0.8") and "0.500 ± 0.000" in table[-1]
+    assert table[1] == "| 2 clips a row | CLIP-T |" and table[-1].startswith("| the same, 0.4 then 0.8") and "0.700 ± 0.000" in table[-1]
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
