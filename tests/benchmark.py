@@ -58,7 +58,7 @@ def main():
     base = load_base(args.base, device, getattr(torch, precision)) if args.base else random_base(device, getattr(torch, precision))
     d = base.config.defaults
     if args.quick and not args.base:
-        d = replace(d, frames=4, height=128, width=128)
+        d = replace(d, frames=4, height=QUICK[0], width=QUICK[1])
     d = replace(d, steps=args.steps or (2 if args.quick else d.steps), K=1 if args.quick else d.K)
     repeats = args.repeats or (2 if args.quick else 7)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -94,6 +94,7 @@ def main():
                                              "ratios": ratios}, indent=1) + "\n")
 
 
+QUICK = (128, 128)  # height and width: VideoCrafter2's UNet takes multiples of 64
 SHOWN = ("matrix product", "UNet call with guidance", "a video, customised", "decoding", "training step",
          "training step, checkpointed")
 # What is compared: the plain way and ours.
@@ -285,7 +286,7 @@ def print_profile(base, d):
         base.unet(*inputs)
         for layer in LAYERS:
             layer.forward = named(layer)
-        with torch.profiler.profile() as found:
+        with torch.profiler.profile(acc_events=True) as found:
             base.unet(*inputs)
     table = {layer.__name__: [0.0, 0.0, 0.0] for layer in LAYERS} | {"other": [0.0, 0.0, 0.0]}
     for event in found.events():

@@ -56,12 +56,12 @@ SHORT = ["--steps", 500, "--save_every", 500, "--rank", 8, "--lr", 0.003]
 SWEEP = {"rank 8, lr 0.003": SHORT, "rank 2": [*SHORT, "--rank", 2], "rank 32": [*SHORT, "--rank", 32], "lr 0.0015": [*SHORT, "--lr", 0.0015],
          "lr 0.006": [*SHORT, "--lr", 0.006], "moving prior": [*SHORT, "--prior_motion"], "no prior": [*SHORT, "--alpha", 0]}
 # Learning rates: the published ones times 50, as this base's own is 50 times the paper's. All train equally long, but for the two of
-# the paper's rows that train longer: twice as long here, by how much there it does not say.
+# the paper's rows that train longer: twice as long here, by how much there it does not say. (In this order, two processes share the work evenly.)
 CUSTOM_DIFFUSION = ["--method", "custom_diffusion", "--lr", 4e-3]
 DREAMVIDEO = ["--method", "dreamvideo", "--word_lr", 5e-3, "--lr", 5e-4]
 METHODS = {"Custom Diffusion": ["--steps", 500, *CUSTOM_DIFFUSION], "Custom Diffusion, longer": ["--steps", 1000, *CUSTOM_DIFFUSION],
-           "DreamVideo": ["--steps", 500, "--word_steps", 375, *DREAMVIDEO],
            "DreamVideo, longer": ["--steps", 1000, "--word_steps", 750, *DREAMVIDEO],
+           "DreamVideo": ["--steps", 500, "--word_steps", 375, *DREAMVIDEO],
            "cross": ["--steps", 500, "--targets", "cross"], "all": ["--steps", 500]}
 # Row -> run, schedule.
 ROWS = {"base, class word": ("all", None), "Custom Diffusion": ("Custom Diffusion", "1*50"),
