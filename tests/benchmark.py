@@ -45,9 +45,7 @@ from lora import MergedLoRA, add_lora
 from model import (PARTS, VOCAB_SIZE, BadInput, Base, BaseConfig, NoiseSchedule, ResBlock, SpatialTransformer, TemporalConv, TemporalTransformer,
                    build_part, complete_or_absent, load_base, run_script)
 from sample import check_flags, ddim, peak_memory, pick_precision, two_step_schedule
-threads = torch.get_num_threads()
-from test_lora import random_subject  # noqa: E402
-torch.set_num_threads(threads)  # the tests' own setting, which comes along, is one
+from test_lora import random_subject
 
 
 def main():
@@ -283,9 +281,10 @@ ARITHMETIC = ("aten::addmm", "aten::mm", "aten::bmm", "conv", "scaled_dot_produc
 LAYERS = (TemporalConv, TemporalTransformer, SpatialTransformer, ResBlock)
 
 
-def print_profile(base, d):
-    """A UNet call with guidance by kind of layer: seconds in products and convolutions, in copies, and in all else."""
-    inputs, forwards = random_inputs(base, d, 2), {layer: layer.forward for layer in LAYERS}
+@contextmanager
+def named_layers():
+    """Every call of one of LAYERS stands in a profile under its class's name."""
+    forwards = {layer: layer.forward for layer in LAYERS}
 
     def named(layer):
         def forward(self, *x):
@@ -293,12 +292,22 @@ def print_profile(base, d):
                 return forwards[layer](self, *x)
         return forward
 
-    with torch.no_grad():
+    for layer in LAYERS:
+        layer.forward = named(layer)
+    try:
+        yield
+    finally:
+        for layer, forward in forwards.items():
+            layer.forward = forward
+
+
+@torch.no_grad()
+def print_profile(base, d):
+    """A UNet call with guidance by kind of layer: seconds in products and convolutions, in copies, and in all else."""
+    inputs = random_inputs(base, d, 2)
+    base.unet(*inputs)
+    with named_layers(), torch.profiler.profile(acc_events=True) as found:
         base.unet(*inputs)
-        for layer in LAYERS:
-            layer.forward = named(layer)
-        with torch.profiler.profile(acc_events=True) as found:
-            base.unet(*inputs)
     table = {layer.__name__: [0.0, 0.0, 0.0] for layer in LAYERS} | {"other": [0.0, 0.0, 0.0]}
     for event in found.events():
         inner = event

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(1)  # as in the processes that `run` starts: sums in another order differ in their last digit
 sys.path.insert(0, str(ROOT))
 from model import (PARTS, BaseConfig, Defaults, TextConfig, UNetConfig, VAEConfig, build_part, fingerprint, load_base, run_script,  # noqa: E402
                    save_config)
 
 
 def pytest_configure(config):
+    torch.set_num_threads(1)  # as in the processes that `run` starts: sums in another order differ in their last digit
     config.addinivalue_line("filterwarnings", "error")
     for category in ("ResourceWarning", "pytest.PytestUnraisableExceptionWarning"):  # FFMPEG's reader, when it is let go
         config.addinivalue_line("filterwarnings", f"ignore::{category}")

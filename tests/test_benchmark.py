@@ -36,9 +36,11 @@ def test_a_part_of_it(call):
 
 
 def test_profile_names_the_kinds_of_layer(call):
+    before = [layer.forward for layer in benchmark.LAYERS]
     rows = dict(line.strip("| ").split(" | ", 1) for line in call("--profile").splitlines() if line.startswith("| ") and "layer" not in line)
     for layer in ("TemporalConv", "TemporalTransformer", "SpatialTransformer", "ResBlock"):
         assert float(rows[layer].split(" | ")[0]) > 0
+    assert [layer.forward for layer in benchmark.LAYERS] == before
 
 
 def test_the_quick_size_fits_the_unet():
