@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import sample
 import train
 from conftest import ROOT, fork, wait, write_base
