@@ -1,0 +1,321 @@
+"""A base and a subject on disk, and every check of what comes from outside.
+
+A base is a folder: config.json (config.py), unet.safetensors, vae.safetensors, text_encoder.safetensors.
+A subject is one file, subject.safetensors: V*, what was learned in the UNet, and the facts in the file's
+header.
+
+Nothing to run here, and nothing of the paper. Nothing in a file is run: weights are safetensors, or pickles
+that torch reads with weights_only.
+"""
+import hashlib
+import json
+import os
+import sys
+import warnings
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from cli import ROOT, BadInput, complete_or_absent, one_line
+from config import RANGES, BaseConfig, TrainingDefaults, load_config, save_config
+from lora import Subject
+from model import VAE, NoiseSchedule, TextEncoder, UNet
+from paper.baselines import METHODS
+from texts import check_placeholder
+
+# ------------------------------------------------------------------------------------------------------------
+# A base
+
+PARTS = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
+
+
+class Base:
+    """A loaded base: frozen networks in eval mode (dropout off), in float32 but for the UNet, on `device`."""
+
+    def __init__(self, config: BaseConfig, device, unet, vae, text_encoder):
+        self.config, self.device = config, torch.device(device)
+        self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
+        self.schedule = NoiseSchedule(config.schedule)
+
+    @torch.no_grad()
+    def decode(self, z, chunk=4):
+        """z (B, 4, T, h, w) -> video (B, T, H, W, 3) uint8 on the CPU, `chunk` frames at a time."""
+        frames = z.transpose(1, 2).flatten(0, 1)                            # (B*T, 4, h, w)
+        x = torch.cat([self.vae.decode(part.float()).cpu() for part in frames.split(chunk)])
+        x = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
+        return x.permute(0, 2, 3, 1).unflatten(0, (z.shape[0], -1))         # (B, T, H, W, 3)
+
+
+def default_base():
+    """The folder that is used where --base is left out."""
+    converted = ROOT / "checkpoints" / "videocrafter2"
+    return Path(os.path.relpath(converted if (converted / "config.json").exists() else ROOT / "toy" / "base"))
+
+
+def build_part(part, config: BaseConfig):
+    """An untrained network: part is "unet", "vae" or "text_encoder"."""
+    return PARTS[part]({"unet": config.unet, "vae": config.vae, "text_encoder": config.text}[part])
+
+
+def load_base(folder, device="cpu", dtype=torch.float32):
+    """Folder -> Base on `device`, its UNet in `dtype`. Raises BadInput if a name, shape or value is wrong."""
+    folder = Path(folder)
+    config = load_config(folder / "config.json")
+    states = {}
+    networks = {}
+    for part, crc32 in zip(PARTS, config.crc32 or (None, None, None), strict=True):
+        path = folder / f"{part}.safetensors"
+        states[part] = read_weights(path, crc32)
+        try:
+            with torch.device("meta"):
+                network = build_part(part, config)
+        except Exception as error:  # every layer of torch refuses impossible numbers in its own way
+            path = folder / "config.json"
+            raise BadInput(f"{path}: its {part} cannot be built ({one_line(error)})") from None
+        check_tensors(path, states[part], network.state_dict())
+        check_values(path, states[part])
+        network.load_state_dict(states[part], assign=True)
+        network.to(device, dtype if part == "unet" else torch.float32)
+        networks[part] = network.eval().requires_grad_(False)
+    config = replace(config, fingerprint=config.fingerprint or fingerprint(states))
+    return Base(config, device, **networks)
+
+
+def read_weights(path, crc32):
+    """A base's .safetensors file -> name -> tensor. Raises BadInput; `crc32` None checks no bytes."""
+    try:
+        if crc32 is not None and file_crc32(path) != crc32:
+            raise ValueError("its bytes are not those that config.json was written for")
+        return load_file(path)
+    except FileNotFoundError:
+        weights = ", ".join(f"{part}.safetensors" for part in PARTS)
+        raise BadInput(f"{path}: no such file; a base folder holds config.json and {weights} "
+                       f"(python convert_ckpt.py makes one)") from None
+    except Exception as error:  # SafetensorError, OSError or ValueError, by the kind of damage
+        raise BadInput(f"{path}: not a readable safetensors file ({one_line(error)}); "
+                       f"convert or copy it again") from None
+
+
+def check_tensors(path, found, expected):
+    """Two dicts of name -> tensor (or anything with a shape) agree in names and shapes. Raises BadInput."""
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or extra:
+        first_missing = f" (first {missing[0]})" if missing else ""
+        first_extra = f" (first {extra[0]})" if extra else ""
+        raise BadInput(f"{path}: {len(missing)} tensors missing{first_missing}, {len(extra)} unknown"
+                       f"{first_extra}; is it the file of another model, or its config?")
+    other = [name for name in expected if tuple(found[name].shape) != tuple(expected[name].shape)]
+    if other:
+        raise BadInput(f"{path}: {len(other)} tensors of another shape, first {other[0]}: "
+                       f"{tuple(found[other[0]].shape)} where {tuple(expected[other[0]].shape)} belongs")
+
+
+def check_values(path, tensors, dtypes=(torch.float32, torch.bfloat16, torch.float16)):
+    """Every tensor has one of these types and is finite. Raises BadInput."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in dtypes:
+            right = " or ".join(str(dtype) for dtype in dtypes)
+            fault = f"{name} is {tensor.dtype}, and {right} belongs there"
+            raise BadInput(f"{path}: {fault.replace('torch.', '')}")
+        if not tensor.isfinite().all():
+            raise BadInput(f"{path}: {name} holds values that are not finite; the file is damaged, "
+                           f"copy or make it again")
+
+
+def save_base_config(config: BaseConfig, folder):
+    """Writes FOLDER/config.json with the checksums of the weight files that lie there."""
+    crc32 = tuple(file_crc32(Path(folder) / f"{part}.safetensors") for part in PARTS)
+    save_config(replace(config, crc32=crc32), Path(folder) / "config.json")
+
+
+def file_crc32(path):
+    crc32 = 0
+    with open(path, "rb") as f:
+        while block := f.read(2**22):
+            crc32 = zlib.crc32(block, crc32)
+    return crc32
+
+
+def fingerprint(states):
+    """dict of part -> state dict becomes 16 hex digits that tell this base's weights from another's.
+
+    Hashed are all names and shapes, and the bfloat16 values of the small tensors (norms and biases). So a
+    base keeps its fingerprint whether it is stored in bfloat16 or float32.
+    """
+    digest = hashlib.sha256()
+    for part in PARTS:
+        for name, tensor in sorted(states[part].items()):
+            digest.update(f"{part}.{name} {tuple(tensor.shape)}".encode())
+            if tensor.dim() <= 1:
+                digest.update(tensor.detach().cpu().bfloat16().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A subject
+
+
+def subject_tensors(subject: Subject):
+    """What is learned, under the names that a subject's file gives it: for LoRA, PEFT's."""
+    tensors = {"v_star": subject.v_star}
+    for layer, update in subject.updates.items():
+        for name, tensor in zip(METHODS[subject.method].tensor_names, update):
+            tensors[f"unet.{layer}.{name}"] = tensor
+    return tensors
+
+
+def subject_facts(subject: Subject):
+    """What there is to know besides the tensors, as text."""
+    facts = {key: str(value) for key, value in vars(subject).items()}
+    del facts["updates"], facts["v_star"]
+    return facts | {"settings": json.dumps(subject.settings)}
+
+
+def subject_fingerprint(subject: Subject):
+    """16 hex digits that tell this subject, its tensors and its facts, from any other."""
+    digest = hashlib.sha256(json.dumps(subject_facts(subject), sort_keys=True).encode())
+    for name, tensor in sorted(subject_tensors(subject).items()):
+        values = tensor.detach().float().cpu().numpy()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + values.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_subject(path, subject: Subject):
+    """Subject -> safetensors file. The file is complete or absent, even if the process is killed."""
+    tensors = {name: x.detach().float().cpu().contiguous() for name, x in subject_tensors(subject).items()}
+    # lora_alpha = rank tells readers of PEFT files that lambda is the only scale.
+    facts = {"lora_alpha": str(subject.rank), "fingerprint": subject_fingerprint(subject)}
+    with complete_or_absent(Path(path)) as temporary:
+        save_file(tensors, temporary, subject_facts(subject) | facts)
+
+
+def load_subject(path, base: Base):
+    """safetensors file -> Subject for this base. Raises BadInput: not a subject, another base's, damaged."""
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as f:
+            facts = f.metadata() or {}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; train.py writes subject.safetensors into --out") from None
+    except Exception as error:  # SafetensorError, OSError or ValueError, by the kind of damage
+        raise BadInput(f"{path}: not a readable safetensors file ({one_line(error)})") from None
+    subject = read_facts(path, facts)
+    if subject.base_fingerprint != base.config.fingerprint:
+        raise BadInput(f"{path}: was learned on the base {subject.base_name} ({subject.base_fingerprint}), "
+                       f"and this is {base.config.name} ({base.config.fingerprint}); pass that base with "
+                       f"--base, or train again on this one")
+    # What the subject's method would train on this base, without content.
+    with torch.device("meta"):
+        subject.v_star = torch.empty(1, base.config.text.width)
+        targets = subject.settings.get("targets", "all")
+        layers = METHODS[subject.method].add_layers(build_part("unet", base.config), subject.rank, targets)
+    subject.updates = {name: layer.tensors() for name, layer in layers.items()}
+    check_tensors(path, tensors, subject_tensors(subject))
+    check_values(path, tensors, [torch.float32])
+    subject.v_star = tensors["v_star"].to(base.device)
+    names = METHODS[subject.method].tensor_names
+    subject.updates = {layer: tuple(tensors[f"unet.{layer}.{name}"] for name in names) for layer in layers}
+    if subject_fingerprint(subject) != facts.get("fingerprint"):
+        raise BadInput(f"{path}: its content is not what was saved; the file is damaged, copy it again")
+    return subject
+
+
+def read_facts(path, facts):
+    """A subject file's header -> Subject without tensors. Raises BadInput."""
+    try:
+        subject = Subject(facts["placeholder"], facts["class_word"], int(facts["rank"]), facts["base_name"],
+                          facts["base_fingerprint"], int(facts["steps"]), facts["method"],
+                          json.loads(facts["settings"]))
+        low, high = RANGES[TrainingDefaults]["rank"][:2]
+        if not low <= subject.rank <= high or not isinstance(subject.settings, dict):
+            raise ValueError("rank or settings")
+        check_placeholder(subject.placeholder, "placeholder")
+    except (KeyError, ValueError, RecursionError, BadInput) as error:
+        raise BadInput(f"{path}: not a subject of this project, its header has no valid "
+                       f"{one_line(error)}") from None
+    if subject.method not in METHODS:
+        raise BadInput(f"{path}: was learned by the method {subject.method!r}, "
+                       f"which this version does not know")
+    return subject
+
+
+def find_subjects(given, base_fingerprint):
+    """--subject -> paths: those given, else the newest of this base under runs/, else the committed one."""
+    if given:
+        return [Path(path) for path in given if path != "none"]
+    trained = sorted(Path("runs").glob("*/subject.safetensors"), key=lambda path: path.stat().st_mtime)
+    for path in [*reversed(trained), Path(os.path.relpath(ROOT / "toy" / "subject.safetensors"))]:
+        try:
+            with safe_open(path, framework="pt") as f:
+                if (f.metadata() or {}).get("base_fingerprint") == base_fingerprint:
+                    return [path]
+        except (OSError, SafetensorError):
+            continue
+    raise BadInput("--subject: no subject of this base is under runs/; train one with train.py, name one, "
+                   "or say none")
+
+
+def pick_images(args, config):
+    """-> folder of photos and their class word: from flags, else the base's own, else the embedded base's."""
+    if args.images:
+        return Path(args.images), args.class_word
+    training = config.training
+    if not training.images:
+        training = load_config(ROOT / "toy" / "base" / "config.json").training
+    return Path(os.path.relpath(ROOT / training.images)), args.class_word or training.class_word
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pictures
+
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+VIDEOS = {".mp4", ".webm", ".avi", ".mov", ".mkv"}
+
+
+def read_folder(folder, endings, read, flag, content, count=None):
+    """The first `count` files that `read` can read -> list of (path, its result). Others get a warning."""
+    folder, found = Path(folder), []
+    if not folder.is_dir():
+        raise BadInput(f"{flag} {folder}: no such folder; it should hold {content}")
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in endings or path.name.startswith("."):
+            continue
+        try:
+            found.append((path, read(path)))
+        except Exception as error:  # Pillow's and FFMPEG's readers each raise their own
+            print(f"warning: {path}: not readable ({one_line(error)}); left out", file=sys.stderr)
+        if len(found) == count:
+            break
+    if not found:
+        raise BadInput(f"{flag} {folder}: holds no readable file ({', '.join(sorted(endings))}); "
+                       f"it should hold {content}")
+    return found
+
+
+def load_picture(path, shortest):
+    """A file in any mode and orientation -> RGB, upright, transparent parts over white; of an animation
+    frame 1.
+
+    Pictures of more than Pillow's limit, 89 million pixels, are refused.
+    """
+    no_bombs = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
+    with no_bombs, Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # 16 bits, which convert("RGB") clips
+            grey = np.asarray(image).astype(np.float32)
+            top = 65535 if grey.max() > 255 else 255
+            image = Image.fromarray((grey / top * 255).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+    if min(image.size) > 2 * shortest:
+        image = ImageOps.scale(image, 2 * shortest / min(image.size), Image.LANCZOS)
+    return image

@@ -1,0 +1,174 @@
+"""A training on disk: the folder it writes into, its saves and how to go on from one, its log, its previews.
+
+OUT/step-N/ is a save: subject.safetensors, and state.pt with what AdamW remembers. OUT/subject.safetensors
+is a copy of the newest. OUT/log.jsonl has a line per step; OUT/preview.png a row per preview.
+
+Nothing to run here, and nothing of the paper. A reader of the method may skip this page.
+"""
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from cli import BadInput, complete_or_absent, one_line, peak_memory
+from files import save_subject, subject_tensors
+from video import labelled, slug, write_mp4
+
+
+UNFINISHED = (".tmp-*", "previews/.tmp-*")      # what a killed training may leave in its folder
+
+
+def pick_run(out, resume, default):
+    """--out, --resume and the default folder -> where the run writes, and the save that it starts from or
+    None.
+
+    Raises BadInput. A finished run is never written over.
+    """
+    if resume:
+        return pick_resumed_run(out, resume, default)
+    if out and newest_save(out):
+        raise BadInput(f"--out {out}: holds a run; --resume {out} goes on with it, another --out starts anew")
+    names = [default, *(default.with_name(f"{default.name}-{n}") for n in range(2, 10_000))]
+    return out or next(name for name in names if not newest_save(name)), None
+
+
+def pick_resumed_run(out, resume, default):
+    if resume == "latest":
+        runs = [out] if out else [default, *default.parent.glob(f"{default.name}-[0-9]*")]
+        run = max(runs, key=lambda run: newest_save(run).stat().st_mtime if newest_save(run) else 0)
+        save = newest_save(run)
+    else:
+        run = save = Path(resume)
+        if (save / "state.pt").exists():
+            run = save.parent
+        else:
+            save = newest_save(run)
+        if out and out != run and not newest_save(out):
+            run = out  # a new branch of an old run
+        elif save != newest_save(run):
+            raise BadInput(f"--resume {save}: {run} has newer saves; name a new --out for a branch from here")
+    if not save:
+        raise BadInput(f"--resume {resume}: no save is under {run}; leave it out to start anew")
+    return run, save
+
+
+def newest_save(out):
+    return max(out.glob("step-[0-9]*"), default=None)
+
+
+def prior_folder(config, sampling, moving, class_word):
+    """Where the class prior lies that this base makes of a class word: pictures, or moving clips."""
+    kind = f"{sampling.frames}-frames" if moving else "still"
+    origin = f"{config.name}-{config.fingerprint[:6]}-{sampling.height}x{sampling.width}-{kind}"
+    return Path("runs") / "prior" / f"{origin}-{slug(class_word)}"
+
+
+def save_prior_clip(path, video, fps):
+    """Video (T, H, W, 3) -> path, a .png of its one frame or an .mp4, complete or absent."""
+    with complete_or_absent(path) as temporary:
+        if path.suffix == ".mp4":
+            write_mp4(temporary, video, fps, quality=10)
+        else:
+            Image.fromarray(video[0]).save(temporary, format="png")
+
+
+def run_settings(settings, sampling, args):
+    """The flags that a resumed training has to have in common with its save."""
+    found = {name: getattr(settings, name) for name in ("rank", "lr", "weight_decay", "alpha")}
+    found |= {name: getattr(sampling, name) for name in ("frames", "height", "width", "fps")}
+    from_args = ("seed", "placeholder", "method", "targets", "word_steps", "word_lr")
+    return found | {name: getattr(args, name) for name in from_args}
+
+
+def save_training(out, subject, optimizer, keep_last):
+    """OUT/step-N/ with subject and optimizer, complete or absent; OUT/subject.safetensors is its copy."""
+    save = out / f"step-{subject.steps:06d}"
+    with complete_or_absent(save) as folder:
+        folder.mkdir()
+        save_subject(folder / "subject.safetensors", subject)
+        state = {"step": subject.steps, "settings": subject.settings, "optimizer": optimizer.state_dict()}
+        torch.save(state, folder / "state.pt")
+    with complete_or_absent(out / "subject.safetensors") as temporary:
+        shutil.copyfile(save / "subject.safetensors", temporary)
+    for old in sorted(out.glob("step-[0-9]*"))[:-keep_last]:
+        shutil.rmtree(old.rename(old.with_name(f".tmp-{os.getpid()}-{old.name}")))
+
+
+def load_training(save, subject, optimizer, steps):
+    """Puts a save into `subject` and `optimizer` -> its step. Raises BadInput if it is another run's."""
+    try:
+        state = torch.load(save / "state.pt", map_location="cpu", weights_only=True)
+        tensors = load_file(save / "subject.safetensors")
+    except Exception as error:  # pickle, zip, safetensors and the disk each raise their own
+        raise BadInput(f"--resume {save}: not a readable save ({one_line(error)}); "
+                       f"an older step-* folder may be") from None
+    flags = {"clips_a_step": "batch_size times --grad_accum times processes", "photos": "images"}
+    for name, value in subject.settings.items():
+        before = state["settings"].get(name)
+        if before != value:
+            raise BadInput(f"--{flags.get(name, name)}: is {value}, and was {before} in the run that {save} "
+                           f"is from")
+    if state["step"] >= steps:
+        raise BadInput(f"--steps {steps}: {save} has done {state['step']} already; ask for more to go on")
+    with torch.no_grad():
+        for name, parameter in subject_tensors(subject).items():
+            parameter.copy_(tensors[name])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Watching
+
+
+class Log:
+    """Rank 0's progress bar; log.jsonl with a line per step: losses, gradient norm, lr, seconds, peak GB."""
+
+    def __init__(self, path, first, steps, rank):
+        self.file, self.rank = None, rank
+        if rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            with complete_or_absent(path) as temporary:  # steps after the save are done and logged again
+                temporary.write_text("".join(line for line in lines[:first] if line.endswith("\n")))
+            self.file = open(path, "a", buffering=1)
+        self.bar = tqdm(desc="train", unit="step", initial=first, total=steps, disable=rank > 0)
+        self.time, self.mean = time.time(), None
+
+    def __call__(self, step, **numbers):
+        if self.rank > 0:
+            return
+        seconds, self.time = time.time() - self.time, time.time()
+        line = {"step": step, **numbers, "seconds": round(seconds, 3), "memory": round(peak_memory(), 2)}
+        self.file.write(json.dumps(line) + "\n")
+        self.mean = numbers["loss"] if self.mean is None else 0.95 * self.mean + 0.05 * numbers["loss"]
+        self.bar.set_postfix(loss=f"{self.mean:.4f}", refresh=False)
+        self.bar.update()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+        if self.file:
+            self.file.close()
+
+
+def save_preview(out, step, videos, label, width=96):
+    """Videos (B, T, H, W, 3) become OUT/previews/step-N.png; all previews so far become OUT/preview.png."""
+    height = round(width * videos.shape[2] / videos.shape[3])
+    shown = np.linspace(0, videos.shape[1] - 1, 4).round().astype(int)
+    frames = videos[:, shown].reshape(-1, *videos.shape[2:])
+    images = [Image.fromarray(frame).resize((width, height)) for frame in frames]
+    with complete_or_absent(out / "previews" / f"step-{step:06d}.png") as temporary:
+        labelled(images, label).save(temporary)
+    rows = [np.asarray(Image.open(path)) for path in sorted((out / "previews").glob("step-*.png"))]
+    with complete_or_absent(out / "preview.png") as temporary:
+        Image.fromarray(np.concatenate(rows)).save(temporary)

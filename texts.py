@@ -1,0 +1,100 @@
+"""Texts: what a placeholder such as V* is, and captions and prompts that hold one.
+
+Nothing to run here. A reader of the method may skip this page.
+"""
+import re
+import sys
+
+from cli import BadInput
+from model import TEXT_LENGTH, Tokenizer
+
+
+def check_placeholder(placeholder, flag="--placeholder"):
+    one_word = re.fullmatch(r"\S{1,32}", placeholder) and placeholder.isprintable()
+    if not one_word or not re.search(r"\W", placeholder):
+        raise BadInput(f"{flag} {placeholder!r}: should be one word, without spaces, that holds a sign which "
+                       f"ordinary words do not, such as V* or <new1>")
+
+
+def default_prompt(settings, subjects):
+    words = [f"{subject.placeholder} {subject.class_word}" for subject in subjects]
+    return settings.prompt.replace("V* {class word}", " and a ".join(words))
+
+
+def without_placeholders(prompt, placeholders):
+    """What the base is asked in place of the subjects: "a V* dog" -> "a dog"."""
+    for word in placeholders:
+        prompt = prompt.replace(f"{word} ", "")
+    return prompt
+
+
+def read_text(path, limit=10**6):
+    """A text file, with BOM or without. Raises ValueError (over `limit` bytes, not UTF-8 text) or OSError."""
+    with open(path, "rb") as f:
+        content = f.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"it is larger than {limit:,} bytes")
+    if b"\0" in content:
+        raise ValueError("it is binary")
+    return content.decode("utf-8-sig")
+
+
+def read_caption(path):
+    """NAME.txt -> its text on one line; empty if there is no file. Raises BadInput if it is no UTF-8 text."""
+    try:
+        return " ".join(read_text(path).split())
+    except FileNotFoundError:
+        return ""
+    except (ValueError, OSError) as error:
+        raise BadInput(f"{path}: not a readable UTF-8 text file ({error}); "
+                       f"write the picture's caption there or delete it") from None
+
+
+def read_prompts(path):
+    """--prompts: a text file with a prompt or a # comment per line -> list of prompts. Raises BadInput."""
+    try:
+        lines = [line.strip() for line in read_text(path).splitlines()]
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--prompts {path}: not a readable UTF-8 text file ({error})") from None
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise BadInput(f"--prompts {path}: holds no prompt; write one on each line")
+    return prompts
+
+
+def pick_prompts(args, settings, subjects):
+    """--prompts, --prompt or the base's own -> list of prompts, each checked. Raises BadInput; warns."""
+    placeholders = [subject.placeholder for subject in subjects]
+    if len(set(placeholders)) < len(placeholders):
+        raise BadInput(f"--subject: {len(subjects)} subjects share the placeholder {placeholders[0]}; "
+                       f"train one again with another --placeholder")
+    if args.prompts:
+        prompts = read_prompts(args.prompts)
+    elif args.prompt:
+        prompts = [args.prompt]
+    elif subjects:
+        prompts = [default_prompt(settings, subjects)]
+    else:
+        raise BadInput("--prompt: is needed where there is no subject")
+    if not subjects:  # the base alone, asked what a subject's prompts ask
+        prompts = [without_placeholders(prompt, ["V*"]) for prompt in prompts]
+    check_prompts(prompts, placeholders, f"--prompts {args.prompts}" if args.prompts else "--prompt")
+    return prompts
+
+
+def check_prompts(prompts, placeholders, source):
+    """Every prompt holds every placeholder where the text tower reads it: else BadInput, or a warning."""
+    tokenizer = Tokenizer(placeholders)
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt)
+        kept, dropped = ids[:TEXT_LENGTH - 2], ids[TEXT_LENGTH - 2:]
+        for word in placeholders:
+            if tokenizer.ids[word] in dropped:
+                raise BadInput(f"{source} {prompt!r}: {word} comes after the {TEXT_LENGTH - 2} tokens "
+                               f"that are read; put it earlier")
+            if tokenizer.ids[word] not in kept:
+                print(f"warning: {source} {prompt!r}: {word} is not in it, so the video will hardly show "
+                      f"that subject", file=sys.stderr)
+        if dropped:
+            print(f"warning: {source}: only {TEXT_LENGTH - 2} tokens are read; "
+                  f"dropped: {tokenizer.bpe.decode(dropped)!r}", file=sys.stderr)

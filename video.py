@@ -1,0 +1,132 @@
+"""Clips in and out: mp4, gif and png, each with a JSON of how it was made; labels and sheets of frames.
+
+Nothing to run here, and nothing of the paper. Videos are (T, H, W, 3) uint8.
+"""
+import json
+import re
+from itertools import islice
+
+import imageio.v3 as iio
+import numpy as np
+from PIL import Image, ImageDraw
+
+from cli import BadInput, complete_or_absent, one_line
+
+
+def write_mp4(path, video, fps, quality):
+    """Video -> H.264. macro_block_size 1 keeps the size, which imageio else rounds up to 16 in silence."""
+    iio.imwrite(path, video, plugin="FFMPEG", fps=fps, codec="libx264", quality=quality, macro_block_size=1)
+
+
+def read_video(path):
+    """mp4 or gif -> video. Raises BadInput."""
+    reader = {"plugin": "FFMPEG"} if path.suffix == ".mp4" else {"plugin": "pillow", "mode": "RGB"}
+    try:
+        return iio.imread(path, **reader)
+    except Exception as error:  # imageio's plugins each raise their own
+        hint = "delete its JSON and sample it again"
+        raise BadInput(f"{path}: not a readable video ({one_line(error)}); {hint}") from None
+
+
+def first_frames(path, frames):
+    """Video file -> its first `frames` frames as RGB images. Raises ValueError if it has fewer."""
+    images = [Image.fromarray(frame) for frame in islice(iio.imiter(path, plugin="FFMPEG"), frames)]
+    if len(images) < frames:
+        raise ValueError(f"has {len(images)} frames, and {frames} are needed")
+    return images
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A video, and beside it a JSON with all that its pixels depend on
+
+
+def slug(text):
+    """Any text -> a short file name of letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "x"
+
+
+def free_path(folder, stem, facts):
+    """FOLDER/STEM, or STEM-2 ..., for a video that is made as `facts` says; None if that video is there."""
+    for path in [folder / stem, *(folder / f"{stem}-{i}" for i in range(2, 10_000))]:
+        found = read_json(path.with_name(f"{path.name}.json"))
+        if found is None:
+            return path
+        if {key: found.get(key) for key in facts} == facts:
+            return None
+
+
+def read_json(path):
+    """A JSON file -> its entries; None if there is no such file, {} if it is not one of ours."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return facts if isinstance(facts, dict) else {}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return {}
+
+
+def save_video(path, video, formats, fps, facts, pictures):
+    """Writes path.mp4, .gif or .png, path-NAME.png of each picture, and path.json with `facts` -> their
+    paths.
+
+    The JSON comes last, so a video that has one is complete.
+    """
+    written = []
+
+    def file(ending):
+        written.append(path.with_name(f"{path.name}{ending}"))
+        return complete_or_absent(written[-1])
+
+    for ending in formats:
+        with file(f".{ending}") as temporary:
+            if ending == "mp4":
+                write_mp4(temporary, video, fps, quality=8)
+            elif ending == "gif":
+                iio.imwrite(temporary, video, plugin="pillow", duration=1000 / fps, loop=0)
+            else:
+                Image.fromarray(np.concatenate(list(video), axis=1)).save(temporary)
+    for name, picture in pictures.items():
+        with file(f"-{name}.png") as temporary:
+            picture.save(temporary)
+    with file(".json") as temporary:
+        temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    return written
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Labels and sheets
+
+
+def enlarged(frame):
+    """(H, W, 3) -> PIL image at least 128 pixels wide, so that a label fits over it."""
+    image = Image.fromarray(frame)
+    factor = max(1, round(128 / image.width))
+    return image.resize((factor * image.width, factor * image.height), Image.BICUBIC)
+
+
+def labelled(images, label):
+    """A row of images of one size with a label over it."""
+    width, height = images[0].size
+    row = Image.new("RGB", (len(images) * width, height + 14), "white")
+    ImageDraw.Draw(row).text((3, 1), label, fill="black")
+    for i, image in enumerate(images):
+        row.paste(image, (i * width, 14))
+    return row
+
+
+def side_by_side(videos):
+    """Label -> video, all of one size, becomes one video with all of them under their labels."""
+    columns = []
+    for label, video in videos.items():
+        columns.append(np.stack([np.asarray(labelled([enlarged(frame)], label)) for frame in video]))
+    return np.concatenate(columns, axis=2)
+
+
+def sheet(videos, columns=8):
+    """Label -> video becomes one picture: a row per video under its label, at most `columns` frames each."""
+    rows = []
+    for label, video in videos.items():
+        shown = np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int)
+        rows.append(np.asarray(labelled([enlarged(video[t]) for t in shown], label)))
+    return Image.fromarray(np.concatenate(rows))
