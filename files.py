@@ -157,6 +157,16 @@ def fingerprint(states):
     return digest.hexdigest()[:16]
 
 
+def from_hub(repository, file, flag, advice):
+    """A file of the Hugging Face hub -> its path in the hub's cache. Raises BadInput that names `flag`."""
+    from huggingface_hub import hf_hub_download
+    try:
+        return Path(hf_hub_download(repository, file))
+    except Exception as error:  # the hub's, the network's and the disk's own errors share no base class
+        raise BadInput(f"{flag}: could not download {file} of {repository} ({one_line(error)}); get it from "
+                       f"https://huggingface.co/{repository} and {advice}") from None
+
+
 # ------------------------------------------------------------------------------------------------------------
 # A subject
 
