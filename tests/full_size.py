@@ -3,8 +3,9 @@
     python tests/full_size.py --images PHOTOS          # about half an hour on 2 CPU cores; 20 GB of memory, 12 GB of disk
     python tests/full_size.py --estimate               # seconds: what a training step should take on a GPU, without one
 
-Not part of the test suite. It writes a checkpoint with the official names and shapes, runs convert_ckpt.py, train.py and
-sample.py as a person would, and prints the time and the peak memory of each. The video that comes out is noise.
+Not part of the test suite. It writes a checkpoint with the official names and shapes, runs convert_ckpt.py,
+train.py and sample.py as a person would, and prints the time and the peak memory of each. The video that
+comes out is noise.
 """
 import argparse
 import json
@@ -61,11 +62,13 @@ class FusedAttention(torch.autograd.Function):
 
 
 def estimate_training(config, clips=2):
-    """Peak bytes of a training step on a GPU, reckoned on meta tensors: {part: bytes}; one subject and one prior clip.
+    """Peak bytes of a training step on a GPU, reckoned on meta tensors: {part: bytes}; one subject and one
+    prior clip.
 
-    Counted are weights (UNet bf16, text tower and VAE float32), what is kept of a forward pass for the backward one (a tensor
-    kept by several layers counts once), and with checkpointing every layer's input and the largest layer's own. Not counted:
-    gradients in flight, the CUDA context, and what the allocator loses.
+    Counted are weights (UNet bf16, text tower and VAE float32), what is kept of a forward pass for the
+    backward one (a tensor kept by several layers counts once), and with checkpointing every layer's input
+    and the largest layer's own. Not counted: gradients in flight, the CUDA context, and what the allocator
+    loses.
     """
     F.scaled_dot_product_attention, plain = FusedAttention.apply, F.scaled_dot_product_attention
     with torch.device("meta"):
@@ -125,7 +128,8 @@ if __name__ == "__main__":
         p.error("--images: is needed")
     with tempfile.TemporaryDirectory(dir=args.dir) as temporary:
         folder = Path(temporary)
-        # In a process of its own: a child's peak, as the system counts it, includes its parent's at the time of the fork.
+        # In a process of its own: a child's peak, as the system counts it, includes its parent's at the
+        # time of the fork.
         writer = multiprocessing.get_context("spawn").Process(target=write_checkpoint,
                                                               args=(folder / "model.ckpt", getattr(torch, args.source)))
         writer.start()

@@ -1,6 +1,4 @@
 """The converter: strict both ways on the official names, and refusals that say what a file looks like."""
-import json
-import os
 import pickle
 import shutil
 from pathlib import Path
@@ -10,12 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import convert_ckpt
-from conftest import run
+from cli import BadInput
+from config import BaseConfig
 from convert_ckpt import convert, match_names
-from model import BadInput, BaseConfig, load_base
-from test_model import GOLDEN, SMALL, golden_state
-
-OFFICIAL = {name: tuple(shape) for name, shape in json.loads((GOLDEN / "official_keys.json").read_text()).items()}
+from files import load_base
+from makers import OFFICIAL, SMALL, Bomb, golden_state, run
 
 
 def test_every_official_name_is_used_and_every_tensor_of_ours_filled():
@@ -26,7 +23,11 @@ def test_every_official_name_is_used_and_every_tensor_of_ours_filled():
     left = set(OFFICIAL) - set(sources)
     # Left are the schedule's buffers, the text tower's last block, and what would follow it.
     assert len(left) == 13 + 12 + 2
-    assert all("." not in name or "resblocks.23" in name or name.endswith(("text_projection", "logit_scale")) for name in left)
+    for name in left:
+        assert "." not in name or "resblocks.23" in name or name.endswith(("text_projection", "logit_scale"))
+
+
+ATTENTION = "model.diffusion_model.input_blocks.1.2.transformer_blocks.0.attn1"
 
 
 @pytest.mark.parametrize("change, says", [
@@ -35,11 +36,12 @@ def test_every_official_name_is_used_and_every_tensor_of_ours_filled():
     (lambda s: s.update({"model_ema.decay": ()}), "unknown names, first model_ema.decay"),
     (lambda s: s.update({"model.diffusion_model.out.2.bias": (5,)}), r"\(5,\) where \(4,\) belongs"),
     (lambda s: s.update({"image_proj_model.latents": (1, 16, 1024)}), "looks like an image-to-video checkpoint"),
-    (lambda s: s.update({"model.diffusion_model.input_blocks.1.2.transformer_blocks.0.attn1.relative_position_k.embeddings_table":
-                         (33, 64)}), "looks like a VideoCrafter1 checkpoint"),
+    (lambda s: s.update({f"{ATTENTION}.relative_position_k.embeddings_table": (33, 64)}),
+     "looks like a VideoCrafter1 checkpoint"),
     (lambda s: [s.pop(n) for n in list(s) if "temopral_conv" in n or "init_attn" in n], "looks like an image model"),
     (lambda s: (s.clear(), s.update({"unet.a.lora_A.weight": (4, 320)})), "looks like a LoRA"),
-    (lambda s: (s.clear(), s.update({"down_blocks.0.resnets.0.conv1.weight": (320, 320, 3, 3)})), "looks like a diffusers model"),
+    (lambda s: (s.clear(), s.update({"down_blocks.0.resnets.0.conv1.weight": (320, 320, 3, 3)})),
+     "looks like a diffusers model"),
 ])
 def test_other_checkpoints_are_told_apart(change, says):
     shapes = dict(OFFICIAL)
@@ -59,9 +61,11 @@ def test_round_trip(tmp_path, ending, source):
         save_file(state, path)
     convert(path, tmp_path / "base", BaseConfig(**SMALL), torch.bfloat16)
     unet, vae = (load_file(tmp_path / "base" / f"{part}.safetensors") for part in ("unet", "vae"))
-    assert all(x.dtype == torch.bfloat16 for x in unet.values()) and all(x.dtype == torch.float32 for x in vae.values())
+    assert all(x.dtype == torch.bfloat16 for x in unet.values())
+    assert all(x.dtype == torch.float32 for x in vae.values())
     assert torch.equal(unet["conv_out.weight"], state["model.diffusion_model.out.2.weight"].bfloat16())
-    assert torch.equal(unet["input_blocks.0.1.proj_in.weight"], state["model.diffusion_model.init_attn.0.proj_in.weight"][..., 0].bfloat16())
+    init_attn = state["model.diffusion_model.init_attn.0.proj_in.weight"]
+    assert torch.equal(unet["input_blocks.0.1.proj_in.weight"], init_attn[..., 0].bfloat16())
     assert torch.equal(vae["encoder.conv_in.weight"], state["first_stage_model.encoder.conv_in.weight"].float())
     assert sorted(p.name for p in (tmp_path / "base").iterdir()) == [
         "config.json", "text_encoder.safetensors", "unet.safetensors", "vae.safetensors"]
@@ -79,11 +83,6 @@ def test_fingerprint_is_the_weights_not_their_storage(tmp_path):
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("exploded",)
-
-
 def test_files_that_are_not_checkpoints_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": golden_state()}, "whole.ckpt")
@@ -97,12 +96,14 @@ def test_files_that_are_not_checkpoints_are_refused(tmp_path, monkeypatch):
     torch.save({"state_dict": Bomb()}, "bomb.ckpt")
     Path("old_bomb.ckpt").write_bytes(pickle.dumps(Bomb(), protocol=2))
     torch.save([1, 2], "list.ckpt")
-    torch.save({"state_dict": golden_state() | {"model.diffusion_model.out.2.bias": torch.full((4,), float("nan"))}}, "nan.ckpt")
-    torch.save({"state_dict": golden_state() | {"model.diffusion_model.out.2.bias": torch.zeros(4, dtype=torch.int64)}}, "whole_numbers.ckpt")
-    for name, says in {"page.ckpt": "web page", "pointer.ckpt": "git-lfs", "empty.ckpt": "truncated", "noise.ckpt": "truncated",
-                       "cut.ckpt": "truncated", "cut.safetensors": "truncated", "bomb.ckpt": "would run code",
-                       "old_bomb.ckpt": "would run code", "list.ckpt": "state_dict", "nan.ckpt": "not finite",
-                       "whole_numbers.ckpt": "torch.int64", "nowhere.ckpt": "No such file"}.items():
+    bias = "model.diffusion_model.out.2.bias"
+    torch.save({"state_dict": golden_state() | {bias: torch.full((4,), float("nan"))}}, "nan.ckpt")
+    torch.save({"state_dict": golden_state() | {bias: torch.zeros(4, dtype=torch.int64)}}, "whole_numbers.ckpt")
+    for name, says in {"page.ckpt": "web page", "pointer.ckpt": "git-lfs", "empty.ckpt": "truncated",
+                       "noise.ckpt": "truncated", "cut.ckpt": "truncated", "cut.safetensors": "truncated",
+                       "bomb.ckpt": "would run code", "old_bomb.ckpt": "would run code", "list.ckpt": "state_dict",
+                       "nan.ckpt": "not finite", "whole_numbers.ckpt": "torch.int64",
+                       "nowhere.ckpt": "No such file"}.items():
         with pytest.raises(BadInput, match=says) as caught:
             convert(Path(name), tmp_path / "base", BaseConfig(**SMALL), torch.float32)
         assert name in str(caught.value) and "\n" not in str(caught.value)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data import crop, load_photos, load_picture, noise_sample, rescaled_sample, still_video, subject_sample
-from lora import check_placeholder
-from model import BadInput
+from cli import BadInput
+from data import crop, load_photos, load_picture, noise_sample, prior_sample, subject_sample
+from paper.baselines import CustomDiffusion
+from texts import check_placeholder
 
 
 def gradient(w=60, h=40):
@@ -18,9 +19,10 @@ def test_any_mode_becomes_upright_rgb(tmp_path):
     rgb = gradient()
     rgba = np.concatenate([rgb, np.full((40, 60, 1), 255, np.uint8)], -1)
     rgba[:10, :, 3] = 0
-    pictures = {"rgb.png": Image.fromarray(rgb), "rgba.png": Image.fromarray(rgba), "grey.png": Image.fromarray(rgb[..., 0]),
-                "palette.png": Image.fromarray(rgb).quantize(64), "cmyk.jpg": Image.fromarray(rgb).convert("CMYK"),
-                "deep.png": Image.fromarray(rgb[..., 0].astype(np.uint16) * 257), "one.png": Image.fromarray(rgb).convert("1")}
+    pictures = {"rgb.png": Image.fromarray(rgb), "rgba.png": Image.fromarray(rgba),
+                "grey.png": Image.fromarray(rgb[..., 0]), "palette.png": Image.fromarray(rgb).quantize(64),
+                "cmyk.jpg": Image.fromarray(rgb).convert("CMYK"), "one.png": Image.fromarray(rgb).convert("1"),
+                "deep.png": Image.fromarray(rgb[..., 0].astype(np.uint16) * 257)}
     for name, picture in pictures.items():
         picture.save(tmp_path / name)
     for name in pictures:
@@ -28,8 +30,9 @@ def test_any_mode_becomes_upright_rgb(tmp_path):
         assert image.mode == "RGB" and image.size == (60, 40), name
     assert np.array_equal(load_picture(tmp_path / "rgb.png", 64), rgb)
     flat = np.asarray(load_picture(tmp_path / "rgba.png", 64))
-    assert (flat[:10] == 255).all() and np.array_equal(flat[10:], rgb[10:])            # transparent parts over white
-    assert np.array_equal(np.asarray(load_picture(tmp_path / "deep.png", 64))[..., 0], rgb[..., 0])  # 16 bits, not clipped
+    assert (flat[:10] == 255).all() and np.array_equal(flat[10:], rgb[10:])             # transparent parts over white
+    deep = np.asarray(load_picture(tmp_path / "deep.png", 64))
+    assert np.array_equal(deep[..., 0], rgb[..., 0])                                    # 16 bits, not clipped
 
 
 def test_exif_orientation_is_applied(tmp_path):
@@ -66,42 +69,41 @@ def test_random_crops_are_light():
 def test_samples_follow_from_their_number(photos_folder):
     photos = load_photos(photos_folder, 64)
     assert len(photos) == 3
-    sample = lambda i, seed=0: subject_sample(photos, i, seed, 32, 48, "V* dog")
+    sample = lambda i, seed=0: subject_sample(photos, i, seed, 32, 48, 8, "V* dog")
     for i in range(6):
         (a, text, weight), (b, again, _) = sample(i), sample(i)
         assert torch.equal(a, b) and text == again and "V*" in text and torch.equal(weight, torch.ones(4, 6))
     assert not torch.equal(sample(0)[0], sample(0, seed=1)[0])
     captions = [sample(i)[1] for i in range(30)]
-    assert captions.count("V* on a table") == 10                      # every photo once an epoch; its own caption is used
+    assert captions.count("V* on a table") == 10            # every photo once per epoch; its own caption is used
     assert all("V* dog" in c for c in captions if c != "V* on a table") and len(set(captions)) > 2
+
+
+def test_noise_and_prior_follow_from_the_samples_number():
     (t, eps), (t2, eps2) = noise_sample(5, 0, (4, 3, 4, 6), 1000), noise_sample(5, 0, (4, 3, 4, 6), 1000)
     assert t == t2 and torch.equal(eps, eps2)
     levels = [noise_sample(i, 0, (1,), 1000)[0] for i in range(400)]
     assert min(levels) < 30 and max(levels) > 970 and 450 < np.mean(levels) < 550
+    pictures = [prior_sample(5, i, 0) for i in range(100)]
+    assert pictures == [prior_sample(5, i, 0) for i in range(100)] and set(pictures) == {0, 1, 2, 3, 4}
 
 
 def test_custom_diffusions_rescaling(photos_folder):
     """Words, grey border and loss weight belong together, in the proportions that its authors give."""
-    photos, kinds = load_photos(photos_folder, 128)[:1], []
+    photos, beginnings = load_photos(photos_folder, 128)[:1], []
     for i in range(300):
-        frame, caption, weight = rescaled_sample(photos, i, 0, 128, 192, "V* dog")
+        frame, caption, weight = subject_sample(photos, i, 0, 128, 192, 8, "V* dog", CustomDiffusion.make_sample)
         assert caption.endswith("photo of a V* dog") and frame.shape == (3, 128, 192)
-        kinds.append(caption.removesuffix("photo of a V* dog").strip())
+        beginnings.append(caption.removesuffix("photo of a V* dog").strip())
         assert weight.mean().item() == pytest.approx(1, abs=1e-5)
         cells = frame.unfold(1, 8, 8).unfold(2, 8, 8).abs().amax(dim=(0, 3, 4))     # (16, 24), 0 where all is grey
-        if kinds[-1] in ("a far away", "very small"):
+        if beginnings[-1] in ("a far away", "very small"):
             assert (cells[weight > 0] > 0).all() and 0 < (weight > 0).sum() < (cells > 0).sum() < 16 * 24
         else:
             assert torch.equal(weight, torch.ones(16, 24)) and (cells > 0).all()
-    share = lambda *words: sum(kind in words for kind in kinds) / len(kinds)
+    share = lambda *words: sum(beginning in words for beginning in beginnings) / len(beginnings)
     assert share("a far away", "very small") == pytest.approx(2 / 3 * 0.4, abs=0.08)
-    assert share("zoomed in", "close up") == pytest.approx(1 / 3, abs=0.08) and len(set(kinds)) == 5
-
-
-def test_still_video_repeats_one_latent():
-    z = torch.randn(2, 4, 4, 6)
-    video = still_video(z, 16)
-    assert video.shape == (2, 4, 16, 4, 6) and all(torch.equal(video[:, :, i], z) for i in range(16))
+    assert share("zoomed in", "close up") == pytest.approx(1 / 3, abs=0.08) and len(set(beginnings)) == 5
 
 
 def test_bad_folders_are_refused_and_bad_files_left_out(tmp_path, capsys):
@@ -113,7 +115,8 @@ def test_bad_folders_are_refused_and_bad_files_left_out(tmp_path, capsys):
         load_photos(tmp_path, 64)
     Image.fromarray(gradient()).save(tmp_path / "good.png")
     capsys.readouterr()
-    assert [p.path.name for p in load_photos(tmp_path, 64)] == ["good.png"]
+    photo, = load_photos(tmp_path, 64)
+    assert np.array_equal(photo.image, gradient())
     assert "broken.jpg" in capsys.readouterr().err
     (tmp_path / "good.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BadInput, match="good.txt"):

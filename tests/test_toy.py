@@ -28,7 +28,8 @@ def test_every_clip_moves_as_its_caption_says():
         clip = draw_clip(scene).astype(float)
         assert clip.shape == (8, 64, 64, 3) and all(np.abs(a - b).mean() > 0.5 for a, b in zip(clip, clip[1:]))
         assert caption(scene) == f"a {scene.colour} {scene.shape} moving {scene.direction} on the {scene.ground}"
-        # Moving the first frame by the whole way, in the direction asked, gives about the last one where the sprite is.
+        # Moving the first frame by the whole way, in the direction asked, gives about the last one where
+        # the sprite is.
         way = np.array(DIRECTIONS[scene.direction]) * round(SPEED / scene.fps * 7)
         differs = lambda dx, dy: np.abs(np.roll(clip[0], (dy, dx), (0, 1)) - clip[-1])[8:-8, 8:-8].mean()
         assert differs(*way) < min(differs(*-way), differs(0, 0))

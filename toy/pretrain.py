@@ -1,16 +1,15 @@
-"""Trains the embedded base from nothing: the VAE on pictures of the world, then the text tower with the UNet on its clips.
+"""Trains the embedded base from nothing: the VAE on pictures of the world, then text and UNet on its clips.
 
-    python toy/pretrain.py                    # all stages, a few hours on 2 CPU cores; the same command again resumes
-    python toy/pretrain.py --stage vae        # one stage: vae, latents, unet, export
-    torchrun --nproc_per_node 2 toy/pretrain.py --stage unet     # the longest stage shared by processes: faster on CPU cores
+    python toy/pretrain.py                  # all stages, a few hours on 2 CPU cores; the same command resumes
+    python toy/pretrain.py --stage vae      # one stage: vae, latents, unet, export
+    torchrun --nproc_per_node 2 toy/pretrain.py      # work shared by processes: faster on CPU cores too
 
-State is kept in --out (runs/pretrain); `export` writes the base folder, toy/base. The classes are VideoCrafter2's, and so
-is what they learn: noise prediction with dropped captions. Only the numbers in CONFIG are small.
+Each stage keeps its state in --out (runs/pretrain). `export` writes the base folder, toy/base. The classes
+are VideoCrafter2's, and so is the task: noise prediction with captions that drop out. Only CONFIG's numbers
+are small.
 
-Shapes: N pictures, B clips, T frames; videos (B, C, T, H, W).
+Shapes: N pictures, B clips, T frames, L text tokens; pictures (N, 3, 64, 64), latents z (B, 4, T, 8, 8).
 """
-import argparse
-import os
 import sys
 import time
 from dataclasses import replace
@@ -19,51 +18,90 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from model import (TRAIN_STEPS, BaseConfig, Defaults, NoiseSchedule, ScheduleConfig, TextConfig, Tokenizer, UNetConfig, VAEConfig,
-                   build_part, complete_or_absent, fingerprint, save_config)
+from cli import BadInput, FlagParser, check_out, complete_or_absent, run_script, this_process
+from config import BaseConfig, SamplingDefaults, TrainingDefaults, check_flags, save_config
+from files import PARTS, build_part, file_crc32, fingerprint
+from model import (TRAIN_STEPS, VAE, Z_CHANNELS, NoiseSchedule, ScheduleConfig, TextConfig, Tokenizer,
+                   UNetConfig, VAEConfig)
 from toy.world import SIZE, caption, draw_clip, random_look, random_scene
 
 FRAMES = 8
-# Of the scaled latents: the larger, the more noise it takes to hide which way a clip moves, and the earlier that is decided. The
-# noise rises steeply at the end (beta_end), so that all the same little is left to see at the level where sampling starts.
+# Standard deviation of the scaled latents. Large latents need more noise to hide which way a clip moves, so
+# the direction is decided earlier. The noise rises steeply at the end (`beta_end`). So the level where
+# sampling starts still shows little of a clip.
 LATENT_STD = 12
 CONFIG = BaseConfig(
     name="toy",
     schedule=ScheduleConfig(beta_end=0.025),
     text=TextConfig(width=64, heads=4, layers=2),
     vae=VAEConfig(channels=16, channel_mult=(1, 2, 4, 4), num_res_blocks=1, norm_groups=4),
-    unet=UNetConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2), head_channels=16,
-                    context_dim=64, norm_groups=8),
-    defaults=Defaults(frames=FRAMES, height=SIZE, width=SIZE, fps=8, save_fps=8,
-                      prompt="a V* {class word} moving left on the sea", cfg=2.5, rank=8, lr=1.5e-3, train_steps=500,
-                      batch_size=2, num_prior=16))
+    unet=UNetConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2),
+                    head_channels=16, context_dim=64, norm_groups=8),
+    sampling=SamplingDefaults(frames=FRAMES, height=SIZE, width=SIZE, fps=8, save_fps=8,
+                              prompt="a V* {class word} moving left on the sea", cfg=2.5),
+    training=TrainingDefaults(rank=8, lr=1.5e-3, steps=500, batch_size=2, num_prior=16,
+                              images="toy/subjects/berry", class_word="heart"))
 
 
 def main():
-    p = argparse.ArgumentParser(description="Pre-train the embedded base.")
-    p.add_argument("--stage", choices=["all", "vae", "latents", "unet", "export"], default="all")
-    p.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="folder for the state of unfinished stages")
-    p.add_argument("--base", type=Path, default=Path("toy/base"), help="folder that the base is written to")
-    p.add_argument("--vae_steps", type=int, default=4400, help="steps of 16 pictures")
-    p.add_argument("--image_steps", type=int, default=1000, help="first steps of the UNet, on 64 single frames each")
-    p.add_argument("--clip_steps", type=int, default=8000, help="further steps of the UNet, on 16 clips each")
-    p.add_argument("--clips", type=int, default=8000, help="clips that are drawn and encoded once")
-    args = p.parse_args()
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args = parse_args()
+    process = this_process()
+    if process.world > 1:
+        dist.init_process_group("nccl" if process.device.type == "cuda" else "gloo")
     args.out.mkdir(parents=True, exist_ok=True)
-    stages = {"vae": train_vae, "latents": encode_clips, "unet": train_unet, "export": export}
-    for stage, run in stages.items():
+    for stage, run_stage in STAGES.items():
         if args.stage in ("all", stage):
-            run(args)
+            run_stage(args, process)
+            if process.world > 1:
+                dist.barrier()  # the next stage reads what rank 0 wrote
+    if process.world > 1:
+        dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The VAE
+
+
+class SampledVAE(VAE):
+    """The VAE with what its training does in one call: encode, draw a latent, decode."""
+
+    def forward(self, x):
+        """x (N, 3, H, W) in [-1, 1] -> y like x; the latent's mean and log-variance (N, 4, H/8, W/8)."""
+        mean, logvar = self.moments(x)
+        z = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * torch.randn_like(mean)
+        return self.decode(z * self.latent_factor), mean, logvar
+
+
+def train_vae(args, process):
+    """Reconstruction, and a weak pull of the latent's distribution towards N(0, 1), as in AutoencoderKL."""
+    batch, pool, kl_weight = 16, 12_000, 1e-6
+    torch.manual_seed(process.rank)  # noise of its own for each process; all start from rank 0's weights
+    vae = SampledVAE(CONFIG.vae).to(process.device, memory_format=torch.channels_last)
+    run = Run("vae", args.out, process, vae, lr=2e-3, steps=args.vae_steps)
+    if run.step == run.steps:
+        return
+    pictures = draw_pictures(pool, seed=1)
+    while run.step < run.steps:
+        rng = np.random.default_rng((2, run.step))
+        chosen = rng.integers(len(pictures), size=batch)[process.rank::process.world]
+        x = scaled(pictures[chosen], process.device)
+        if rng.random() < 0.5:
+            x = x.flip(3)
+        y, mean, logvar = run.model(x.contiguous(memory_format=torch.channels_last))
+        mse, l1 = F.mse_loss(y, x), F.l1_loss(y, x)
+        kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)).mean()
+        run.optimize(4 * mse + 0.2 * l1 + kl_weight * kl, {"psnr": 10 * torch.log10(4 / mse), "kl": kl})
 
 
 def draw_pictures(count, seed):
-    """count pictures (N, 3, 64, 64) uint8: a third from the world, the others sprites of any look, size and turn."""
+    """-> (N, 3, 64, 64) uint8: a third from the world, the others sprites of any look, size and turn."""
     rng = np.random.default_rng(seed)
     pictures = []
     for i in range(count):
@@ -71,179 +109,275 @@ def draw_pictures(count, seed):
         if i % 3:
             scene = replace(scene, look=random_look(rng), direction="", radius=rng.uniform(12, 24),
                             angle=rng.uniform(-0.6, 0.6), start=tuple(rng.uniform(16, SIZE - 16, 2)))
-        pictures.append(draw_clip(scene, 1, first=rng.integers(FRAMES))[0])
+        pictures.append(draw_clip(scene, frames=1, first=rng.integers(FRAMES))[0])
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
-def train_vae(args, batch=16, lr=2e-3, kl_weight=1e-6, pool=12_000):
-    """Reconstruction plus a weak pull of the latent's distribution towards N(0, 1), as in AutoencoderKL."""
-    torch.manual_seed(0)
-    vae = build_part("vae", CONFIG).to(args.device, memory_format=torch.channels_last)
-    run = Run("vae", args.out, vae, lr, args.vae_steps)
-    if run.step == run.steps:
-        return
-    pictures = draw_pictures(pool, seed=1)
-    while run.step < run.steps:
-        rng = np.random.default_rng((2, run.step))
-        x = pictures[rng.integers(len(pictures), size=batch)].to(args.device).float() / 127.5 - 1
-        if rng.random() < 0.5:
-            x = x.flip(3)
-        mean, logvar = vae.moments(x.contiguous(memory_format=torch.channels_last))
-        z = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * torch.randn_like(mean)
-        y = vae.decode(z * vae.latent_factor)
-        mse = F.mse_loss(y, x)
-        kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)).mean()
-        run.optimize(4 * mse + 0.2 * F.l1_loss(y, x) + kl_weight * kl, psnr=10 * torch.log10(4 / mse), kl=kl)
+def scaled(pictures, device):
+    """(N, 3, H, W) uint8 -> [-1, 1] on the device."""
+    return pictures.to(device).float() / 127.5 - 1
 
 
-def draw_scenes(count, seed=3):
-    rng = np.random.default_rng(seed)
+# ------------------------------------------------------------------------------------------------------------
+# The clips' latents
+
+
+def draw_scenes(count):
+    """The scenes that text tower and UNet are trained on."""
+    rng = np.random.default_rng(3)
     return [random_scene(rng, FRAMES) for _ in range(count)]
 
 
 @torch.no_grad()
-def encode_clips(args, batch=32):
-    """Draws args.clips clips and keeps their latents, (clips, T, 4, 8, 8) float16, and the factor that scales them."""
-    path = args.out / "latents.safetensors"
+def encode_clips(args, process):
+    """Draws --clips clips. Keeps their latents (B, T, 4, 8, 8), float16, and the factor that scales them."""
+    path, batch, start = args.out / "latents.safetensors", 32, time.time()
     if path.exists():
         return
-    vae = load_average("vae", args).to(args.device, memory_format=torch.channels_last)
-    scenes, latents, start = draw_scenes(args.clips), [], time.time()
-    for i in range(0, len(scenes), batch):
-        x = torch.from_numpy(np.concatenate([draw_clip(scene, FRAMES) for scene in scenes[i:i + batch]])).permute(0, 3, 1, 2)
-        latents.append(vae.moments((x.to(args.device).float() / 127.5 - 1))[0].unflatten(0, (-1, FRAMES)).half().cpu())
-        if i % (50 * batch) == 0:
-            print(f"latents {i}/{len(scenes)}  {time.time() - start:.0f} s", flush=True)
-    latents = torch.cat(latents)
-    with complete_or_absent(path) as temporary:
-        save_file({"latents": latents, "factor": LATENT_STD / latents.float().std()}, temporary)
+    vae = load_average(build_part("vae", CONFIG), "vae", args)
+    vae.to(process.device, memory_format=torch.channels_last)
+    scenes, side = draw_scenes(args.clips), SIZE // CONFIG.vae.factor
+    shape = (len(scenes), FRAMES, Z_CHANNELS, side, side)
+    latents = torch.zeros(shape, dtype=torch.float16, device=process.device)
+    batches = range(0, len(scenes), batch)
+    for n, first in enumerate(batches[process.rank::process.world]):
+        clips = np.concatenate([draw_clip(scene, FRAMES) for scene in scenes[first:first + batch]])
+        mean, _ = vae.moments(scaled(torch.from_numpy(clips).permute(0, 3, 1, 2), process.device))
+        latents[first:first + batch] = mean.unflatten(0, (-1, FRAMES)).half()
+        if n % 50 == 0 and process.rank == 0:
+            print(f"latents {first}/{len(scenes)}  {time.time() - start:.0f} s", flush=True)
+    if process.world > 1:
+        dist.all_reduce(latents)  # in all processes but one a clip's latents are 0, so the sum has all clips
+    if process.rank == 0:
+        latents = latents.cpu()
+        with complete_or_absent(path) as temporary:
+            save_file({"latents": latents, "factor": LATENT_STD / latents.float().std()}, temporary)
 
 
-def train_unet(args, images=64, clips=16, lr=1e-3):
-    """Eq. 1 on single frames first, 8 times cheaper, then on clips with a share of single frames; captions drop words."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        dist.init_process_group("gloo")
+# ------------------------------------------------------------------------------------------------------------
+# The UNet and the text tower
+
+
+class NoisePredictor(nn.Module):
+    """eps(z_t, t, fps, text): text tower and UNet in one call."""
+
+    def __init__(self):
+        super().__init__()
+        self.unet, self.text_encoder = build_part("unet", CONFIG), build_part("text_encoder", CONFIG)
+
+    def forward(self, z_t, t, fps, tokens):
+        """z_t (B, 4, T, h, w), t (B,), fps (B,), tokens (B, L) -> eps (B, 4, T, h, w)"""
+        return self.unet(z_t, t, fps, self.text_encoder(tokens))
+
+
+def train_unet(args, process):
+    """Eq. 1 on single frames, which are 8 times cheaper; then on clips with a share of single frames."""
     torch.manual_seed(0)
-    data = load_file(args.out / "latents.safetensors")
+    data = load_file(made_by("latents", args.out / "latents.safetensors"))
     scenes, latents = draw_scenes(len(data["latents"])), data["latents"].float() * data["factor"]
     schedule, tokenizer = NoiseSchedule(CONFIG.schedule), Tokenizer()
-    networks = torch.nn.ModuleDict({part: build_part(part, CONFIG) for part in ("unet", "text_encoder")}).to(args.device)
-    networks.eval()  # no dropout: there is more data than so small a network can learn by heart
-    # Words have to outweigh what a narrow tower's own layers add to them, and the tower has to learn slowly: or it soon says
-    # nothing but what the single frames need, and the directions, which come later, are never heard.
-    torch.nn.init.normal_(networks["text_encoder"].token_embedding.weight, std=0.5)
-    torch.nn.init.normal_(networks["text_encoder"].positional_embedding, std=0.2)
-    run = Run("unet", args.out, networks, lr, args.image_steps + args.clip_steps, slow=networks["text_encoder"])
-    # Where little but noise is left to see, the plain loss is near 0 whatever the layout and the motion. This weight makes it
-    # the loss of v-prediction (Salimans and Ho 2022, Sec. 4), which is about the same at every noise level; the bound keeps
-    # the last few levels, where nothing is left to see at all, from outweighing the rest.
-    signal = schedule.alpha_bar * (schedule.scale * LATENT_STD) ** 2
-    weight = (1 + (1 - schedule.alpha_bar) / signal).clamp(max=100).to(args.device)
+    network = NoisePredictor().to(process.device)
+    network.eval()  # no dropout: there is more data than so small a network can learn by heart
+    # Words have to outweigh what a narrow tower's own layers add to them. The tower also has to learn slowly.
+    # Otherwise it soon says only what single frames need, and later the UNet never hears the directions.
+    nn.init.normal_(network.text_encoder.token_embedding.weight, std=0.5)
+    nn.init.normal_(network.text_encoder.positional_embedding, std=0.2)
+    run = Run("unet", args.out, process, network, lr=1e-3, steps=args.image_steps + args.clip_steps,
+              slow=network.text_encoder)
+    weight = v_prediction_weight(schedule).to(process.device)
     while run.step < run.steps:
-        rng = np.random.default_rng((4, run.step))
         single = run.step < args.image_steps or run.step % 8 == 0
-        which = rng.integers(len(scenes), size=images if single else clips)
-        z_0 = latents[which].transpose(1, 2)                                            # (B, 4, T, 8, 8)
-        if single:
-            z_0 = z_0[torch.arange(len(which)), :, torch.from_numpy(rng.integers(FRAMES, size=len(which)))][:, :, None]
-        texts = [caption(replace(scenes[k], direction="") if single else scenes[k], rng) for k in which]
-        fps = torch.tensor([scenes[k].fps for k in which])
-        # A third of the noise levels are drawn from the noisiest 30%: layout and motion are decided there.
-        t = rng.integers(TRAIN_STEPS, size=len(which))
-        t = torch.from_numpy(np.where(rng.random(len(which)) < 2 / 3, t, 7 * TRAIN_STEPS // 10 + 3 * t // 10))
-        eps = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(run.step))
-        z_0, t, fps, eps = (x[rank::world].to(args.device) for x in (z_0, t, fps, eps))
-        context = networks["text_encoder"](tokenizer(texts[rank::world]).to(args.device))
-        error = (networks["unet"](schedule.add_noise(z_0, t, eps), t, fps, context) - eps).pow(2).mean(dim=(1, 2, 3, 4))
-        loss = (weight[t] * error).mean()
-        run.optimize(loss, **{"images" if single else "clips": loss})
+        *tensors, captions = draw_batch(scenes, latents, run.step, single)
+        z_0, t, fps, eps = (x[process.rank::process.world].to(process.device) for x in tensors)
+        tokens = tokenizer(captions[process.rank::process.world]).to(process.device)
+        error = (run.model(schedule.add_noise(z_0, t, eps), t, fps, tokens) - eps).pow(2)
+        loss = (weight[t] * error.mean(dim=(1, 2, 3, 4))).mean()                    # Eq. 1, weighted
+        run.optimize(loss, {"images" if single else "clips": loss})
 
 
-def export(args):
-    """The averaged weights become a base folder."""
-    networks = {"vae": load_average("vae", args)}
-    both = torch.nn.ModuleDict({part: build_part(part, CONFIG) for part in ("unet", "text_encoder")})
-    load_average("unet", args, both)
-    networks |= dict(both)
-    # Words that no caption has were never trained: their random rows become zero, which says nothing instead of anything.
-    words = Tokenizer()([caption(scene) for scene in draw_scenes(2000)]).unique()
-    table = both["text_encoder"].token_embedding.weight.data
+def v_prediction_weight(schedule):
+    """Weight of Eq. 1 at each noise level (1000,).
+
+    Where noise hides nearly everything, the plain loss is near 0 whatever the layout and the motion. This
+    weight makes it the loss of v-prediction (Salimans and Ho 2022, Sec. 4), about equal at every level. The
+    bound is for the last levels, where nothing is left to see: they must not outweigh the rest.
+    """
+    signal = schedule.alpha_bar * (schedule.scale * LATENT_STD) ** 2
+    return (1 + (1 - schedule.alpha_bar) / signal).clamp(max=100)
+
+
+def draw_batch(scenes, latents, step, single):
+    """-> z_0 (B, 4, T, 8, 8), t (B,), fps (B,), eps like z_0, and B captions. All follow from `step`.
+
+    With `single`, T is 1, and the captions name no direction.
+    """
+    rng = np.random.default_rng((4, step))
+    chosen = rng.integers(len(scenes), size=64 if single else 16)
+    z_0 = latents[chosen].transpose(1, 2)
+    if single:
+        frame = torch.from_numpy(rng.integers(FRAMES, size=len(chosen)))
+        z_0 = z_0[torch.arange(len(chosen)), :, frame][:, :, None]
+    described = [replace(scenes[k], direction="") if single else scenes[k] for k in chosen]
+    captions = [caption(scene, rng) for scene in described]
+    fps = torch.tensor([scene.fps for scene in described])
+    # A third of the noise levels come from the noisiest 30%: layout and motion are decided there.
+    any_level = rng.integers(TRAIN_STEPS, size=len(chosen))
+    noisy_level = 7 * TRAIN_STEPS // 10 + 3 * any_level // 10
+    t = torch.from_numpy(np.where(rng.random(len(chosen)) < 2 / 3, any_level, noisy_level))
+    eps = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(step))
+    return z_0, t, fps, eps, captions
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The base folder
+
+
+def export(args, process):
+    """The averaged weights become a base folder. config.json comes last, with the checksums of the others."""
+    if process.rank > 0:
+        return
+    predictor = load_average(NoisePredictor(), "unet", args)
+    networks = {"vae": load_average(build_part("vae", CONFIG), "vae", args), "unet": predictor.unet,
+                "text_encoder": predictor.text_encoder}
+    # Words that no caption has were never trained. Their random rows become 0, so these words say nothing.
+    trained = Tokenizer()([caption(scene) for scene in draw_scenes(2000)]).unique()
+    table = predictor.text_encoder.token_embedding.weight.data
     keep = torch.zeros(len(table), 1)
-    keep[words] = 1
+    keep[trained] = 1
     table.mul_(keep)
+
+    states, parameters = {}, 0
+    for part, network in networks.items():
+        parameters += sum(p.numel() for p in network.parameters())
+        states[part] = {name: x.bfloat16().contiguous() for name, x in network.state_dict().items()}
+        with complete_or_absent(args.base / f"{part}.safetensors") as temporary:
+            save_file(states[part], temporary)
     factor = load_file(args.out / "latents.safetensors")["factor"].item()
-    config = replace(CONFIG, vae=replace(CONFIG.vae, latent_factor=factor))
-    states = {part: {name: x.bfloat16().contiguous() for name, x in network.state_dict().items()}
-              for part, network in networks.items()}
-    config.fingerprint = fingerprint(states)
-    args.base.mkdir(parents=True, exist_ok=True)
-    for part, state in states.items():
-        save_file(state, args.base / f"{part}.safetensors")
-    save_config(config, args.base / "config.json")
-    print(f"wrote {args.base}: {sum(x.numel() for s in states.values() for x in s.values()) / 1e6:.2f} M parameters, "
-          f"fingerprint {config.fingerprint}")
+    crc32 = tuple(file_crc32(args.base / f"{part}.safetensors") for part in PARTS)
+    config = replace(CONFIG, fingerprint=fingerprint(states), crc32=crc32,
+                     vae=replace(CONFIG.vae, latent_factor=factor))
+    with complete_or_absent(args.base / "config.json") as temporary:
+        save_config(config, temporary)
+    print(f"wrote {args.base}: {parameters / 1e6:.2f} M parameters, fingerprint {config.fingerprint}")
 
 
-def load_average(stage, args, network=None):
-    """The moving average of a stage's weights, in `network` or in a new one of that name."""
-    network = network or build_part(stage, CONFIG)
-    state = torch.load(args.out / f"{stage}.pt", weights_only=True)["average"]
-    network.load_state_dict({name.removeprefix("module."): x for name, x in state.items() if name != "n_averaged"})
+def made_by(stage, path):
+    """`path`, which an earlier stage makes. Raises BadInput."""
+    if not path.exists():
+        raise BadInput(f"{path}: no such file; --stage {stage} makes it")
+    return path
+
+
+def load_average(network, stage, args):
+    """Puts the moving average of a stage's weights into `network`, in eval mode."""
+    path = made_by(stage, args.out / f"{stage}.pt")
+    average = torch.load(path, map_location="cpu", weights_only=True)["average"]
+    del average["n_averaged"]
+    network.load_state_dict({name.removeprefix("module."): x for name, x in average.items()})
     return network.eval()
 
 
-class Run:
-    """One resumable training run: optimizer, warm-up and a decay at the end, moving average of the weights, saves, log lines."""
+# ------------------------------------------------------------------------------------------------------------
+# One resumable run
 
-    def __init__(self, name, out, network, lr, steps, slow=None, ema=0.998, save_every=200):
-        self.path, self.network, self.lr, self.steps, self.save_every = out / f"{name}.pt", network, lr, steps, save_every
-        slow = set(slow.parameters()) if slow else set()  # a part of the network that learns at a tenth of the rate
-        self.optimizer = torch.optim.AdamW([{"params": [p for p in network.parameters() if p not in slow], "scale": 1.0},
-                                            {"params": [p for p in network.parameters() if p in slow], "scale": 0.1}],
-                                           lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-        # Young averages look back on a ninth of their life, so that the random start is soon forgotten.
-        self.average = AveragedModel(network, avg_fn=lambda average, new, n: average + max(1 - ema, 9 / (10 + n)) * (new - average))
-        self.step, self.log, self.start = 0, {}, time.time()
+
+class Run:
+    """Optimizer with warm-up and a decay at the end, moving average of the weights, saves, log lines.
+
+    `model` is what the training calls: the network, under torchrun in DistributedDataParallel.
+    """
+    EMA, SAVE_EVERY, LOG_EVERY = 0.998, 200, 50
+
+    def __init__(self, name, out, process, network, lr, steps, slow=None):
+        """slow: a part of the network that learns at a tenth of the rate."""
+        self.path, self.process, self.network = out / f"{name}.pt", process, network
+        self.lr, self.steps, self.step = lr, steps, 0
+        self.model = DistributedDataParallel(network) if process.world > 1 else network
+        slow_parameters = set(slow.parameters()) if slow else set()
+        groups = [{"params": [p for p in network.parameters() if p not in slow_parameters], "scale": 1.0},
+                  {"params": [p for p in network.parameters() if p in slow_parameters], "scale": 0.1}]
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+        self.average = AveragedModel(network, avg_fn=self.mix)
+        self.log, self.start = {}, time.time()
         if self.path.exists():
-            state = torch.load(self.path, weights_only=True)
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
             self.step = state["step"]
             self.network.load_state_dict(state["network"])
             self.average.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
-            print(f"{name}: resumed at step {self.step} of {steps}", flush=True)
+            if process.rank == 0:
+                print(f"{name}: resumed at step {self.step} of {steps}", flush=True)
 
-    def optimize(self, loss, **metrics):
-        """One optimizer step on a scalar loss; metrics are averaged into the next log line."""
-        lr = self.lr * min(1, (self.step + 1) / 100, 0.02 + 4 * (1 - self.step / self.steps))  # falls over the last quarter
+    @classmethod
+    def mix(cls, average, new, n):
+        """The n-th average. A young average keeps a ninth of its life, so it forgets the random start."""
+        return average + max(1 - cls.EMA, 9 / (10 + n)) * (new - average)
+
+    def optimize(self, loss, metrics):
+        """One optimizer step on a scalar loss. Loss and metrics are averaged into the next log line."""
+        warm_up = (self.step + 1) / 100
+        decay = 0.02 + 4 * (1 - self.step / self.steps)  # below 1 in the last quarter
+        lr = self.lr * min(1, warm_up, decay)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         self.optimizer.zero_grad()
         loss.backward()
-        if dist.is_initialized():
-            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-            together = torch.cat([g.flatten() for g in gradients])
-            dist.all_reduce(together)
-            for g, mean in zip(gradients, (together / dist.get_world_size()).split([g.numel() for g in gradients])):
-                g.copy_(mean.view_as(g))
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
         self.average.update_parameters(self.network)
         self.step += 1
-        for key, value in {"loss": loss, **metrics}.items():
-            self.log.setdefault(key, []).append(float(value.detach()))
-        if dist.is_initialized() and dist.get_rank() > 0:
-            return
-        if self.step % 50 == 0 or self.step == self.steps:
-            line = "  ".join(f"{key} {np.mean(values):.4f}" for key, values in self.log.items())
-            print(f"{self.path.stem} step {self.step}/{self.steps}  {line}  lr {lr:.1e}  {time.time() - self.start:.0f} s",
-                  flush=True)
-            self.log = {}
-        if self.step % self.save_every == 0 or self.step == self.steps:
+
+        for name, value in {"loss": loss, **metrics}.items():
+            self.log.setdefault(name, []).append(float(value.detach()))
+        last = self.step == self.steps
+        if self.step % self.LOG_EVERY == 0 or last:
+            self.print_log(lr)
+        if self.process.rank == 0 and (self.step % self.SAVE_EVERY == 0 or last):
+            state = {"step": self.step, "network": self.network.state_dict(),
+                     "average": self.average.state_dict(), "optimizer": self.optimizer.state_dict()}
             with complete_or_absent(self.path) as temporary:
-                torch.save({"step": self.step, "network": self.network.state_dict(), "average": self.average.state_dict(),
-                            "optimizer": self.optimizer.state_dict()}, temporary)
+                torch.save(state, temporary)
+
+    def print_log(self, lr):
+        """One line: means over the steps since the last line, and over processes."""
+        means = torch.tensor([np.mean(values) for values in self.log.values()], device=self.process.device)
+        if self.process.world > 1:
+            dist.all_reduce(means)
+        if self.process.rank == 0:
+            numbers = "  ".join(f"{name} {mean:.4f}" for name, mean in
+                                zip(self.log, (means / self.process.world).tolist()))
+            print(f"{self.path.stem} step {self.step}/{self.steps}  {numbers}  lr {lr:.1e}  "
+                  f"{time.time() - self.start:.0f} s", flush=True)
+        self.log = {}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Flags
+
+STAGES = {"vae": train_vae, "latents": encode_clips, "unet": train_unet, "export": export}
+
+
+def parse_args():
+    p = FlagParser(description="Pre-train the embedded base.")
+    p.add_argument("--stage", choices=["all", *STAGES], default="all",
+                   help="what to do (default: %(default)s)")
+    p.add_argument("--out", type=Path, default=Path("runs/pretrain"),
+                   help="folder for the state of unfinished stages (default: %(default)s)")
+    p.add_argument("--base", type=Path, default=Path("toy/base"),
+                   help="folder that the base is written to (default: %(default)s)")
+    p.add_argument("--vae_steps", type=int, default=4400, help="steps of 16 pictures (default: %(default)s)")
+    p.add_argument("--image_steps", type=int, default=1000,
+                   help="first steps of the UNet, on 64 single frames each (default: %(default)s)")
+    p.add_argument("--clip_steps", type=int, default=8000,
+                   help="further steps of the UNet, on 16 clips each (default: %(default)s)")
+    p.add_argument("--clips", type=int, default=8000,
+                   help="clips that are drawn and encoded once (default: %(default)s)")
+    args = p.parse_args()
+    check_flags(args, {"vae_steps": (1, 10**7), "image_steps": (0, 10**7), "clip_steps": (0, 10**7),
+                       "clips": (1, 10**7)})
+    check_out(args.out)
+    return args
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,0 +1,170 @@
+"""What several test files make: small bases and subjects with random weights, and a way to run the scripts.
+
+No test is here, and no fixture (conftest.py has those).
+"""
+import json
+import os
+import socket
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from cli import run_script  # noqa: E402
+from config import BaseConfig, SamplingDefaults, TrainingDefaults  # noqa: E402
+from files import PARTS, build_part, fingerprint, save_base_config  # noqa: E402
+from lora import Subject  # noqa: E402
+from model import TextConfig, UNetConfig, VAEConfig  # noqa: E402
+from paper.baselines import METHODS  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------------------
+# A tiny base, and subjects of it
+
+
+def write_base(folder, seed=0):
+    """A base folder with random weights, none of them zero, in which everything is small."""
+    torch.manual_seed(seed)
+    config = BaseConfig(
+        name=f"tiny{seed}",
+        text=TextConfig(width=32, heads=2, layers=1),
+        vae=VAEConfig(channels=8, channel_mult=(1, 1, 1, 1), num_res_blocks=1, norm_groups=4),
+        unet=UNetConfig(channels=16, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2),
+                        head_channels=8, context_dim=32, norm_groups=4),
+        sampling=SamplingDefaults(frames=3, height=32, width=48, fps=8, steps=4, K=2),
+        training=TrainingDefaults(rank=2, lr=1e-3, steps=4, num_prior=2))
+    states = {}
+    for part in PARTS:
+        network = build_part(part, config)
+        for p in network.parameters():  # layers that start at zero would hide what lies before them
+            if not p.any():
+                torch.nn.init.normal_(p, std=0.05)
+        states[part] = network.state_dict()
+    config.fingerprint = fingerprint(states)
+    folder.mkdir(parents=True)
+    for part, state in states.items():
+        save_file(state, folder / f"{part}.safetensors")
+    save_base_config(config, folder)
+    return folder
+
+
+def random_subject(base, rank=2, scale=0.3, method="customcrafter"):
+    """A subject whose numbers are random. The method "cross" is the paper's with --targets cross."""
+    torch.manual_seed(2)
+    targets = "all"
+    if method == "cross":
+        method, targets = "customcrafter", "cross"
+    subject = Subject("V*", "dog", rank, base.config.name, base.config.fingerprint, 7, method,
+                      {"targets": targets}, v_star=torch.randn(1, base.config.text.width))
+    with torch.device("meta"):
+        layers = METHODS[method].add_layers(build_part("unet", base.config), rank, targets)
+    for name, layer in layers.items():
+        subject.updates[name] = tuple(scale * torch.randn(tensor.shape) for tensor in layer.tensors())
+    return subject
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The public VideoCrafter2 reference: a small network's weights, and all names of the official checkpoint
+
+
+GOLDEN = Path(__file__).parent / "golden"
+OFFICIAL = {name: tuple(shape) for name, shape in json.loads((GOLDEN / "official_keys.json").read_text()).items()}
+SMALL = {"text": TextConfig(width=64, heads=4, layers=2),
+         "vae": VAEConfig(channels=32, channel_mult=(1, 2, 2), num_res_blocks=1),
+         "unet": UNetConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2),
+                            head_channels=16, context_dim=64)}
+
+
+def golden_weight(key, shape):
+    """The weight that the golden numbers were computed with; the formula is the reference's own."""
+    w = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
+    if key.endswith("bias"):
+        w = 0.1 * w
+    elif len(shape) < 2:
+        w = 1 + 0.1 * w
+    else:
+        w = w / np.sqrt(np.prod(shape[1:]))
+    return torch.from_numpy(np.asarray(w, dtype=np.float32))
+
+
+def golden_state():
+    """Official name -> weight, of the networks in SMALL."""
+    state = {}
+    for part in json.loads((GOLDEN / "reference.json").read_text()).values():
+        state |= {key: golden_weight(key, shape) for key, shape in part["shapes"].items()}
+    return state
+
+
+class Bomb:
+    """A pickle that holds one makes a folder when it is read carelessly."""
+
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Running the scripts
+
+
+def fork(main, argv, cwd, before=None, output="output"):
+    """Runs a script's main() in a child, which spares the start-up -> its pid. The child writes to cwd/`output`."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        os.chdir(cwd)
+        file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        sys.argv = list(map(str, argv))
+        if before:
+            before()
+        run_script(main)
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(pid):
+    """-> exit code of a child, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def fork_ranks(world, main, argv, cwd):
+    """As `fork`, but in `world` children with the environment that torchrun would give them -> their pids.
+
+    Rank 0 writes to cwd/output, rank 1 to cwd/output-1, and so on.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    pids = []
+    for rank in range(world):
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": port}
+        before = lambda: os.environ.update({name: str(value) for name, value in environment.items()})
+        pids.append(fork(main, argv, cwd, before, f"output-{rank}" if rank else "output"))
+    return pids
+
+
+def run(script, *flags, cwd, launcher=()):
+    """Runs a script in a process of its own -> CompletedProcess with text output."""
+    return subprocess.run(
+        [sys.executable, *launcher, str(ROOT / script), *map(str, flags)], cwd=cwd, text=True,
+        capture_output=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+
+
+def torchrun(processes):
+    """The launcher for `run` that starts a script on several processes, at a free port."""
+    return "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)
