@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -63,6 +62,8 @@ def check_out(out):
 LAUNCHER = ("MASTER_ADDR", "MASTER_PORT")   # with RANK, LOCAL_RANK and WORLD_SIZE, what a launch sets
 ARRIVAL = timedelta(minutes=10)             # for all processes to start
 PATIENCE = timedelta(hours=24)              # while one process makes the prior or a preview
+
+most_seen = 0.0     # by peak_memory, in GB
 
 
 @dataclass(frozen=True)
@@ -173,14 +174,18 @@ def device_memory(device):
         return torch.get_device_module(device).get_device_properties(device).total_memory
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
+    if hasattr(os, "sysconf"):  # Linux, macOS
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    import psutil
     return psutil.virtual_memory().total
 
 
 def peak_memory():
     """The most memory that this process has held so far, in GB: the GPU's where there is one.
 
-    Where the system keeps no peak (macOS), what is held now.
+    Where the system keeps no peak (macOS), the most that was seen when this was asked.
     """
+    global most_seen
     if torch.cuda.is_available() or torch.xpu.is_available():
         return torch.get_device_module().max_memory_allocated() / 2**30
     if torch.backends.mps.is_available():
@@ -188,8 +193,10 @@ def peak_memory():
     status = Path("/proc/self/status")  # Linux
     if status.exists() and (peak := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
         return int(peak[1]) / 2**20
+    import psutil
     memory = psutil.Process().memory_info()
-    return getattr(memory, "peak_wset", memory.rss) / 2**30
+    most_seen = max(most_seen, getattr(memory, "peak_wset", memory.rss) / 2**30)
+    return most_seen
 
 
 @contextmanager

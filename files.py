@@ -75,8 +75,8 @@ def pick_checkpointing(args, base, settings, sampling, rank):
     if needed + 2**30 <= here:  # the driver and the allocator take the last GB
         return False
     if rank == 0:
-        print(f"--grad_checkpointing is on: training without it needs {needed / 2**30:.0f} GB, and this device "
-              f"has {here / 2**30:.0f}; --no-grad_checkpointing turns it off")
+        print(f"--grad_checkpointing is on: training without it needs {needed / 2**30:.0f} GB, and this "
+              f"device has {here / 2**30:.0f}; --no-grad_checkpointing turns it off")
     return True
 
 
