@@ -4,13 +4,15 @@ Nothing to run here, and nothing of the paper. A reader of the method may skip t
 """
 import argparse
 import fcntl
+import json
 import os
-import resource
+import re
 import shutil
 import signal
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -57,6 +59,12 @@ def check_out(out):
 # ------------------------------------------------------------------------------------------------------------
 # Processes, devices, signals
 
+LAUNCHER = ("MASTER_ADDR", "MASTER_PORT")   # with RANK, LOCAL_RANK and WORLD_SIZE, what a launch sets
+ARRIVAL = timedelta(minutes=10)             # for all processes to start
+PATIENCE = timedelta(hours=24)              # while one process makes the prior or a preview
+
+most_seen = 0.0     # by peak_memory, in GB
+
 
 @dataclass(frozen=True)
 class Process:
@@ -68,39 +76,127 @@ class Process:
 
 def this_process():
     """What torchrun says in the environment; without torchrun, the only process. Raises BadInput."""
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if not torch.cuda.is_available():
+    rank, local_rank, world = launched_as()
+    if not torch.accelerator.is_available():
         return Process(rank, world, torch.device("cpu"))
-    if local_rank >= torch.cuda.device_count():
-        raise BadInput(f"--nproc_per_node: is more than the {torch.cuda.device_count()} GPUs here; "
-                       f"one process needs one GPU")
-    torch.cuda.set_device(local_rank)
-    return Process(rank, world, torch.device("cuda", local_rank))
+    accelerator, count = torch.accelerator.current_accelerator().type, torch.accelerator.device_count()
+    if local_rank >= count:
+        raise BadInput(f"--nproc_per_node: is more than the {count} {accelerator} devices here; "
+                       f"one process needs one device")
+    if count > 1:
+        torch.accelerator.set_device_index(local_rank)
+    return Process(rank, world, torch.device(accelerator, local_rank))
 
 
-def pick_precision(precision, device):
-    """What "auto" means here: bfloat16 on a GPU that has it, else float32."""
-    if precision != "auto":
-        return precision
-    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+def launched_as():
+    """-> rank, local rank, world size. Raises BadInput where the environment tells half of a launch.
+
+    A container or an older shell may leave some of the variables behind. Believed, RANK=1 alone would leave
+    out most of the work and save nothing.
+    """
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    said = {name: os.environ[name] for name in (*alone, *LAUNCHER) if os.environ.get(name)}
+    if all(said.get(name, value) == value for name, value in alone.items()):
+        return 0, 0, 1
+    advice = "start with torchrun, or unset RANK, LOCAL_RANK and WORLD_SIZE"
+    missing = [name for name in (*alone, *LAUNCHER) if name not in said]
+    named = ", ".join(f"{name}={said[name]!a}" for name in alone if name in said)
+    if missing:
+        raise BadInput(f"{named} in the environment: {', '.join(missing)} is not set; {advice}")
+    if not all(said[name].isascii() and said[name].isdigit() for name in alone):
+        raise BadInput(f"{named} in the environment: should be whole numbers from 0; {advice}")
+    rank, local_rank, world = (int(said[name]) for name in alone)
+    if not local_rank <= rank < world:
+        raise BadInput(f"{named} in the environment: no such launch is possible; {advice}")
+    return rank, local_rank, world
 
 
-def as_on_rank_0(value, world):
+def join_processes(process, backend=None, **facts):
+    """Connects torchrun's processes, if their kinds of device and their `facts` agree. Raises BadInput.
+
+    Without the comparison, nodes that share no folder and find different saves would wait for each other.
+    """
+    if process.world == 1:
+        return
+    facts = {"device": process.device.type, **facts}
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=ARRIVAL))
+        store.set(f"facts of {rank}", json.dumps(facts))
+        found = [json.loads(store.get(f"facts of {other}")) for other in range(world)]
+        store.set(f"seen by {rank}", "yes")
+        for other in range(world if rank == 0 else 0):  # rank 0 may hold the store, and leaves last
+            store.get(f"seen by {other}")
+    except (RuntimeError, ValueError) as error:
+        raise BadInput(f"the {process.world} processes did not come together within "
+                       f"{ARRIVAL.seconds // 60} minutes ({one_line(error)}); see what the others say, "
+                       f"and --nnodes, --node_rank and --master_addr of torchrun") from None
+    for other in range(world):
+        for name, value in found[0].items():
+            if found[other][name] != value:
+                raise BadInput(f"the processes differ in their {name}: rank 0 has {value}, rank {other} "
+                               f"{found[other][name]}; give every node the same")
+    device = None  # gloo takes none
+    if backend is None:
+        backend = dist.get_default_backend_for_device(process.device)
+        device = process.device if process.device.type == "cuda" else None
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE,
+                            device_id=device)
+
+
+def as_on_rank_0(value, process):
     """Rank 0's value, on every process: a random seed, or what another process may find written already."""
     box = [value]
-    if world > 1:
-        dist.init_process_group("gloo")
+    if process.world > 1:
+        join_processes(process, backend="gloo")
         dist.broadcast_object_list(box)
         dist.destroy_process_group()
     return box[0]
 
 
+def pick_precision(precision, device, training=False):
+    """What "auto" means here: bfloat16 on a device that has it, else float16 to sample and float32 to train.
+
+    Emulated bfloat16 does not count: it is slower than float32. Training without a scaled loss would lose its
+    small gradients in float16. Apple's devices take float32.
+    """
+    if precision != "auto":
+        return precision
+    if device.type not in ("cuda", "xpu"):
+        return "float32"
+    if torch.get_device_module(device).is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    return "float32" if training else "float16"
+
+
+def device_memory(device):
+    """All memory that `device` has, in bytes: on a CPU, the machine's."""
+    if device.type in ("cuda", "xpu"):
+        return torch.get_device_module(device).get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    if hasattr(os, "sysconf"):  # Linux, macOS
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    import psutil
+    return psutil.virtual_memory().total
+
+
 def peak_memory():
-    """The most memory that this process has held so far, in GB: the GPU's where there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """The most memory that this process has held so far, in GB: the GPU's where there is one.
+
+    Where the system keeps no peak (macOS), the most that was seen when this was asked.
+    """
+    global most_seen
+    if torch.cuda.is_available() or torch.xpu.is_available():
+        return torch.get_device_module().max_memory_allocated() / 2**30
+    if torch.backends.mps.is_available():
+        return torch.mps.driver_allocated_memory() / 2**30
+    status = Path("/proc/self/status")  # Linux
+    if status.exists() and (peak := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(peak[1]) / 2**20
+    import psutil
+    memory = psutil.Process().memory_info()
+    most_seen = max(most_seen, getattr(memory, "peak_wset", memory.rss) / 2**30)
+    return most_seen
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Nothing to run here. The defaults are VideoCrafter2's, from the paper, or from u
 so. Another base has other numbers in its config.json. Entries that its config.json leaves out have the
 defaults here.
 """
+import argparse
 import difflib
 import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -176,13 +177,17 @@ def add_flags(parser, cls, only=None):
         parser.add_argument(f"--{name}", type=type(getattr(cls, name)), help=RANGES[cls][name][2])
 
 
-def add_speed_flags(parser, precisions):
-    """--precision and --compile of the UNet."""
+def add_speed_flags(parser, precisions, training=False):
+    """--precision and --compile of the UNet; for training, --grad_checkpointing too."""
+    without_bfloat16 = "float32" if training else "float16 on a GPU that has none, float32 elsewhere"
     parser.add_argument("--precision", choices=["auto", *precisions], default="auto",
-                        help="of the UNet (V* and LoRA train in float32); auto: bfloat16 on a GPU that has "
-                             "it, else float32")
+                        help=f"of the UNet (V* and LoRA train in float32); auto: bfloat16 on a GPU that has "
+                             f"it, else {without_bfloat16}")
     parser.add_argument("--compile", action="store_true",
                         help="torch.compile the UNet: slow to start, then faster; the same up to rounding")
+    if training:
+        parser.add_argument("--grad_checkpointing", action=argparse.BooleanOptionalAction,
+                            help="less memory for a third more time (left out: where the device needs it)")
 
 
 def check_flags(args, ranges):

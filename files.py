@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from cli import ROOT, BadInput, complete_or_absent, one_line
+from cli import ROOT, BadInput, complete_or_absent, device_memory, one_line
 from config import RANGES, BaseConfig, TrainingDefaults, load_config, save_config
 from lora import Subject
 from model import VAE, NoiseSchedule, TextEncoder, UNet
@@ -44,12 +44,40 @@ class Base:
         self.schedule = NoiseSchedule(config.schedule)
 
     @torch.no_grad()
+    def encode(self, frames, chunk=4):
+        """frames (N, 3, H, W) in [-1, 1] -> latents (N, 4, h, w) on `device`, `chunk` frames at a time."""
+        return torch.cat([self.vae.encode(part.to(self.device)) for part in frames.split(chunk)])
+
+    @torch.no_grad()
     def decode(self, z, chunk=4):
         """z (B, 4, T, h, w) -> video (B, T, H, W, 3) uint8 on the CPU, `chunk` frames at a time."""
         frames = z.transpose(1, 2).flatten(0, 1)                            # (B*T, 4, h, w)
         x = torch.cat([self.vae.decode(part.float()).cpu() for part in frames.split(chunk)])
         x = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
         return x.permute(0, 2, 3, 1).unflatten(0, (z.shape[0], -1))         # (B, T, H, W, 3)
+
+
+def pick_checkpointing(args, base, settings, sampling, rank):
+    """--grad_checkpointing, or where it is left out: True if the device is too small to train without it.
+
+    The count is that of tests/full_size.py --estimate: 29.7 GB of activations for two clips of 16 frames of
+    320x512 in VideoCrafter2's UNet in bfloat16. Activations grow with each of these numbers.
+    """
+    if args.grad_checkpointing is not None:
+        return args.grad_checkpointing
+    clips = settings.batch_size * (2 if settings.alpha > 0 else 1)
+    positions = sampling.frames * sampling.height * sampling.width / base.config.vae.factor ** 2
+    weights = [p for network in (base.unet, base.vae, base.text_encoder) for p in network.parameters()]
+    values = clips / 2 * positions / (16 * 40 * 64) * base.config.unet.channels / 320
+    activations = 29.7 * 2**30 * values * base.unet.conv_out.weight.element_size() / 2
+    needed = activations + sum(p.numel() * p.element_size() for p in weights)
+    here = device_memory(base.device)
+    if needed + 2**30 <= here:  # the driver and the allocator take the last GB
+        return False
+    if rank == 0:
+        print(f"--grad_checkpointing is on: training without it needs {needed / 2**30:.0f} GB, and this "
+              f"device has {here / 2**30:.0f}; --no-grad_checkpointing turns it off")
+    return True
 
 
 def default_base():

@@ -82,8 +82,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         """(..., C_in) -> (..., C_out)"""
-        update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-        return self.linear(x) + self.lam * update                           # Eq. 2; lambda = 1 in training
+        A, lam_B = self.lora_A.to(x.dtype), (self.lam * self.lora_B).to(x.dtype)
+        return self.linear(x) + F.linear(F.linear(x, A), lam_B)             # Eq. 2; lambda = 1 in training
 
     def tensors(self):
         return self.lora_A, self.lora_B

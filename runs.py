@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from cli import BadInput, complete_or_absent, one_line, peak_memory
-from files import save_subject, subject_tensors
+from files import file_crc32, save_subject, subject_tensors
 from video import labelled, slug, write_mp4
 
 
@@ -61,6 +61,13 @@ def pick_resumed_run(out, resume, default):
 
 def newest_save(out):
     return max(out.glob("step-[0-9]*"), default=None)
+
+
+def save_fingerprint(save):
+    """What tells a save from any other, for processes to compare: its name and its files' checksums."""
+    if save is None:
+        return "none"
+    return " ".join([save.name, *(f"{file_crc32(path):08x}" for path in sorted(save.iterdir()))])
 
 
 def prior_folder(config, sampling, moving, class_word):

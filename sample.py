@@ -143,7 +143,7 @@ def main():
     for path, subject in zip(paths, subjects):
         facts["subjects"].append({"path": str(path), "fingerprint": subject_fingerprint(subject),
                                   "placeholder": subject.placeholder, "class_word": subject.class_word})
-    seed, jobs = as_on_rank_0((seed, list_jobs(args, prompts, seed, facts)), process.world)
+    seed, jobs = as_on_rank_0((seed, list_jobs(args, prompts, seed, facts)), process)
     if process.rank == 0:
         named = [f"subject {path} ({subject.placeholder} {subject.class_word}, {subject.steps} steps)"
                  for path, subject in zip(paths, subjects)]

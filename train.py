@@ -21,17 +21,17 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from cli import (BadInput, FlagParser, check_out, only_writer, pick_precision, run_script, stop_signals,
-                 this_process)
+from cli import (BadInput, FlagParser, check_out, join_processes, only_writer, pick_precision, run_script,
+                 stop_signals, this_process)
 from config import (RANGES, SamplingDefaults, TrainingDefaults, add_flags, add_speed_flags, check_flags,
                     check_sampling, load_config, with_flags)
 from data import Samples, load_photos, load_prior, still_video
-from files import default_base, load_base, pick_images
+from files import default_base, load_base, pick_checkpointing, pick_images
 from lora import LiveLoRA, Subject
 from model import Tokenizer
 from paper.baselines import METHODS, add_method_flags, fill_published
 from runs import (UNFINISHED, Log, load_training, newest_save, pick_run, prior_folder, run_settings,
-                  save_preview, save_prior_clip, save_training)
+                  save_fingerprint, save_preview, save_prior_clip, save_training)
 from sample import generate
 from texts import check_placeholder, default_prompt
 
@@ -56,7 +56,7 @@ class SubjectLoss(nn.Module):
         """
         base, = self.frozen
         with torch.no_grad():
-            z_0 = still_video(base.vae.encode(photos), self.frames)         # (B, 4, T, h, w)
+            z_0 = still_video(base.encode(photos), self.frames)             # (B, 4, T, h, w)
         context = base.text_encoder(tokens, self.v_star)                    # (B, L, D)
         if prior_z is not None:
             z_0 = torch.cat([z_0, prior_z])                                 # (2B, 4, T, h, w)
@@ -80,11 +80,10 @@ def main():
     check_sampling(config, sampling)
     images, class_word = pick_images(args, config)
     out, last_save = pick_run(args.out, args.resume, Path("runs") / images.resolve().name)
-    if process.world > 1:
-        dist.init_process_group("nccl" if process.device.type == "cuda" else "gloo")
+    join_processes(process, base=config.fingerprint, save=save_fingerprint(last_save))
 
     # Load the base and the photos. Make or read the class prior, and encode it once.
-    precision = pick_precision(args.precision, process.device)
+    precision = pick_precision(args.precision, process.device, training=True)
     base = load_base(args.base, process.device, getattr(torch, precision))
     photos = load_photos(images, max(sampling.height, sampling.width))
     subject_words = f"{args.placeholder} {class_word}"
@@ -101,7 +100,7 @@ def main():
     loss = SubjectLoss(base, v_star, layers, sampling.frames, sampling.fps)
     groups = [{"params": [loss.v_star], "lr": args.word_lr or settings.lr}, {"params": list(loss.updates)}]
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
-    base.unet.grad_checkpointing = args.grad_checkpointing
+    base.unet.grad_checkpointing = pick_checkpointing(args, base, settings, sampling, process.rank)
     if args.compile:
         base.unet.compile()
     model = loss
@@ -199,7 +198,7 @@ def encode_prior(args, class_word, count, sampling, base, process):
     captions = [caption or class_caption for _, caption in prior]
     with torch.no_grad():
         for (video, _), caption in zip(prior, captions):
-            videos.append(base.vae.encode(video.to(base.device)).transpose(0, 1))          # (4, 1 or T, h, w)
+            videos.append(base.encode(video).transpose(0, 1))               # (4, 1 or T, h, w)
             if caption not in contexts:
                 contexts[caption] = base.text_encoder(tokenizer([caption]).to(base.device))[0]
     longest = max(video.shape[1] for video in videos)
@@ -258,8 +257,7 @@ def parse_args():
                    help="let the base make moving clips for the prior, not pictures")
     add_flags(p, TrainingDefaults)
     add_flags(p, SamplingDefaults, only=("frames", "height", "width"))
-    add_speed_flags(p, ["float32", "bfloat16"])
-    p.add_argument("--grad_checkpointing", action="store_true", help="less memory for a third more time")
+    add_speed_flags(p, ["float32", "bfloat16"], training=True)
     p.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     p.add_argument("--out", type=Path, help="folder to write into (default: runs/NAME, as the photo folder)")
     p.add_argument("--keep_last", type=int, default=3, help="saves that stay (default: %(default)s)")

@@ -32,7 +32,8 @@ from torchvision import transforms
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from cli import BadInput, FlagParser, check_out, complete_or_absent, one_line, run_script, this_process
+from cli import (BadInput, FlagParser, check_out, complete_or_absent, join_processes, one_line, run_script,
+                 this_process)
 from data import load_photos
 from files import check_tensors, check_values, from_hub
 from texts import without_placeholders
@@ -45,7 +46,7 @@ def main():
     args = parse_args()
     process = this_process()
     if process.world > 1:
-        dist.init_process_group("gloo")
+        join_processes(process, backend="gloo")
     videos = find_videos(args.videos)
     base_videos = find_videos(args.base_videos) if args.base_videos else []
     photos = [photo.image for photo in load_photos(args.images, 10**6)]

@@ -136,6 +136,10 @@ def train_subjects(args, trainings):
     environment = dict(os.environ)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # each training is a process of its own
         environment.pop(name, None)
+    if process.world > 1 and process.device.type == "cuda":     # and sees its parent's device alone
+        visible = environment.get("CUDA_VISIBLE_DEVICES")
+        own = visible.split(",")[process.device.index] if visible else str(process.device.index)
+        environment["CUDA_VISIBLE_DEVICES"] = own
     if len(trainings) < process.world:
         environment.pop("OMP_NUM_THREADS", None)  # a training on its own has all cores
     for name in list(trainings)[process.rank::process.world]:

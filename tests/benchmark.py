@@ -43,8 +43,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
+from arithmetic import count_flops
 from makers import ROOT, random_subject, torchrun
 from cli import BadInput, complete_or_absent, peak_memory, pick_precision, run_script
 from config import BaseConfig, check_flags
@@ -393,9 +393,7 @@ def measure(work, repeats):
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
             if turn == 0:
-                with FlopCounterMode(display=False) as counter:
-                    call()
-                rows[label] = {"TFLOP": counter.get_total_flops() / 1e12}
+                rows[label] = {"TFLOP": count_flops(call) / 1e12}
             else:
                 seconds[label].append(clocked(call, cuda))
                 rows[label]["peak GB"] = peak_memory()

@@ -1,4 +1,7 @@
 """pytest's settings, and the fixtures of several test files. What they are made of is in makers.py."""
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests fork, which a process that has touched a GPU cannot
 import numpy as np
 import pytest
 import torch

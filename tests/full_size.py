@@ -1,148 +1,259 @@
 """The whole path at VideoCrafter2's full size, 320x512 and 16 frames, on random weights, one step of each.
 
-    python tests/full_size.py --images PHOTOS          # about half an hour on 2 CPU cores; 20 GB of memory, 12 GB of disk
-    python tests/full_size.py --estimate               # seconds: what a training step should take on a GPU, without one
+    python tests/full_size.py --images PHOTOS   # half an hour on 2 CPU cores; 20 GB of memory, 12 GB of disk
+    python tests/full_size.py --estimate        # a minute: what fits on a card of 8 ... 80 GB, without one
 
 Not part of the test suite. It writes a checkpoint with the official names and shapes, runs convert_ckpt.py,
 train.py and sample.py as a person would, and prints the time and the peak memory of each. The video that
 comes out is noise.
+
+--estimate runs the same networks and the same loss on meta tensors, which have shapes and no content. It
+counts the bytes that are alive at each moment, gradients in flight included. It leaves out what the driver
+and the allocator take; `on_card` adds a guess.
 """
 import argparse
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 import tempfile
 import time
+import weakref
+from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from lora import add_lora
-from model import BaseConfig, TextEncoder, UNet, VAE
+from config import BaseConfig  # noqa: E402
+from files import PARTS, Base, build_part  # noqa: E402
+from lora import add_lora, target_names  # noqa: E402
+from model import TEXT_LENGTH, VOCAB_SIZE, Z_CHANNELS  # noqa: E402
+from train import SubjectLoss  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------------------
+# What fits on a card
+
+GB = 2**30
+CARDS = (8, 12, 16, 24, 48, 80)
 
 
-def write_checkpoint(path, dtype):
-    """Random weights under the official names: matrices keep the size of what goes through, norms stay near one."""
-    shapes = json.loads((ROOT / "tests" / "golden" / "official_keys.json").read_text())
-    state, generator = {}, torch.Generator().manual_seed(0)
-    for name, shape in shapes.items():
-        w = torch.randn(shape, generator=generator)
-        fan_in = w[0].numel() if w.dim() > 1 else 1
-        state[name] = (0.1 * w if name.endswith("bias") else 1 + 0.1 * w if w.dim() < 2 else w / fan_in ** 0.5).to(dtype)
-    torch.save({"state_dict": state}, path)
+def on_card(counted):
+    """Bytes counted -> bytes on a card. What fragments and the driver add is a guess until measured."""
+    return 1.05 * counted + GB
 
 
-def timed(what, *command):
-    """Runs a script of this repository; prints its wall time and peak memory (memory-mapped pages included)."""
-    start = time.time()
-    process = subprocess.Popen([sys.executable, *map(str, command)])
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{what}: failed")
-    print(f"== {what}: {time.time() - start:.0f} s, peak memory {usage.ru_maxrss / 2**20:.1f} GB", flush=True)
+class LiveBytes(TorchDispatchMode):
+    """While it is entered, `now` is how many bytes the tensors made since then hold, and `peak` the most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        before = {tensor.untyped_storage()._cdata for tensor in tensors}
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in before:
+                self.count(tensor.untyped_storage())
+        return found
+
+    def count(self, storage):
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.release, size)
+
+    def release(self, size):
+        self.now -= size
 
 
 class FusedAttention(torch.autograd.Function):
-    """Keeps for the backward pass what a fused attention keeps: q, k, v and the output, but no scores."""
+    """Keeps what a fused kernel keeps: q, k, v, the output, a number per row; but no table of scores."""
 
     @staticmethod
     def forward(ctx, q, k, v):
         out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out)
+        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:3], device=q.device))
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        raise NotImplementedError("only the forward pass is counted")
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+    @classmethod
+    def attend(cls, q, k, v, *mask, **options):
+        return cls.apply(q, k, v)
 
 
-def estimate_training(config, clips=2):
-    """Peak bytes of a training step on a GPU, reckoned on meta tensors: {part: bytes}; one subject and one
-    prior clip.
-
-    Counted are weights (UNet bf16, text tower and VAE float32), what is kept of a forward pass for the
-    backward one (a tensor kept by several layers counts once), and with checkpointing every layer's input
-    and the largest layer's own. Not counted: gradients in flight, the CUDA context, and what the allocator
-    loses.
-    """
-    F.scaled_dot_product_attention, plain = FusedAttention.apply, F.scaled_dot_product_attention
+def meta_base(config, dtype):
     with torch.device("meta"):
-        unet, d = UNet(config.unet).bfloat16().eval().requires_grad_(False), config.defaults
-        others = [TextEncoder(config.text), VAE(config.vae)]
-        add_lora(unet, d.rank)
-        z = torch.empty(clips, 4, d.frames, d.height // 8, d.width // 8)
-        context = torch.empty(clips, 77, config.unet.context_dim, requires_grad=True)
-        t = torch.empty(clips, dtype=torch.long)
-    size = lambda tensors: sum(x.numel() * x.element_size() for x in tensors)
-    weights = {p.untyped_storage()._cdata for p in unet.parameters()}
-    inputs, layers, everything = {}, [], {}
-
-    def run(block, x, emb, context):
-        for layer in block:
-            kept = {}
-
-            def keep(tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in weights:
-                    kept[storage._cdata] = storage.nbytes()
-                    alive.append(tensor)  # so that its number is not given to another
-                return tensor
-
-            inputs[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
-            alive.append(x)
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                x = layer(x, emb, context)
-            layers.append(sum(kept.values()))
-            everything.update(kept)
-        return x
-
-    alive, unet.run = [], run
-    unet(z, t, t, context)
-    F.scaled_dot_product_attention = plain
-    trained = size(p for p in unet.parameters() if p.requires_grad)
-    fixed = {"UNet": size(unet.parameters()) - trained, "text tower and VAE": sum(size(part.parameters()) for part in others),
-             "LoRA, its gradients and AdamW": 4 * trained}
-    return fixed | {"activations": sum(everything.values())}, fixed | {"activations": sum(inputs.values()) + max(layers)}
+        networks = {part: build_part(part, config) for part in PARTS}
+    networks["unet"].to(dtype)
+    for network in networks.values():
+        network.eval().requires_grad_(False)
+    return Base(config, "meta", **networks)
 
 
-if __name__ == "__main__":
+def weight_bytes(base):
+    parameters = [p for part in PARTS for p in getattr(base, part).parameters()]
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def count_sampling(config, dtype, clips):
+    """Bytes at the peak of sampling `clips` videos at once with guidance, with a LoRA in the weights."""
+    base, size = meta_base(config, dtype), config.sampling
+    shape = (2 * clips, Z_CHANNELS, size.frames, size.height // 8, size.width // 8)
+    originals = [base.unet.get_submodule(name).weight for name in target_names(base.unet)]
+    kept = sum(weight.numel() * weight.element_size() for weight in originals)
+    with torch.no_grad(), torch.device("meta"):
+        z, t = torch.empty(shape), torch.empty(2 * clips, dtype=torch.long)
+        context = torch.empty(2 * clips, TEXT_LENGTH, config.text.width)
+        with LiveBytes() as unet:
+            base.unet(z, t, t, context)
+        with LiveBytes() as decoding:
+            base.vae.decode(torch.empty(4, *shape[1:2], *shape[3:]))
+    return weight_bytes(base) + kept + max(unet.peak, decoding.peak)
+
+
+def count_training(config, dtype, clips, prior, checkpointing):
+    """Bytes at the peak of a training step: `clips` clips of the subject, as many of the prior or none."""
+    base, size = meta_base(config, dtype), config.sampling
+    weights = weight_bytes(base)
+    base.unet.grad_checkpointing = checkpointing
+    all_clips = clips * (2 if prior else 1)
+    latents = (Z_CHANNELS, size.frames, size.height // 8, size.width // 8)
+    with torch.device("meta"):
+        layers = add_lora(base.unet, config.training.rank)
+        loss = SubjectLoss(base, torch.empty(1, config.text.width), layers, size.frames, size.fps)
+        inputs = [torch.empty(clips, 3, size.height, size.width),
+                  torch.full((clips, TEXT_LENGTH), VOCAB_SIZE), torch.empty(clips, *latents[2:]),
+                  torch.empty(all_clips, dtype=torch.long), torch.empty(all_clips, *latents)]
+        if prior:
+            inputs += [torch.empty(clips, *latents), torch.empty(clips, TEXT_LENGTH, config.text.width)]
+        with LiveBytes() as step:
+            sum(loss(*inputs)).backward()
+    trained = sum(p.numel() * p.element_size() for p in loss.parameters())
+    return weights + 3 * trained + step.peak    # AdamW keeps two numbers for each; gradients are in the peak
+
+
+def largest_batch(one, two, three, card):
+    """Bytes for one, two and three clips -> the largest batch on a card of so many GB; 0 if none fits.
+
+    From two on, each clip takes as much as the one before. One alone may take less than the decoder does.
+    """
+    room = card * GB - on_card(two)
+    if room >= 0:
+        return 2 + int(room / (1.05 * (three - two)))
+    return 1 if on_card(one) <= card * GB else 0
+
+
+def estimate(config, dtype=torch.bfloat16):
+    """Prints how much each piece of work takes, then which batch sizes fit on which card."""
+    training = partial(count_training, config, dtype)
+    work = {"sample.py": partial(count_sampling, config, dtype),
+            "train.py": partial(training, prior=True, checkpointing=False),
+            "train.py --grad_checkpointing": partial(training, prior=True, checkpointing=True),
+            "train.py --grad_checkpointing --alpha 0": partial(training, prior=False, checkpointing=True)}
+    fused, F.scaled_dot_product_attention = F.scaled_dot_product_attention, FusedAttention.attend
+    try:
+        counted = {label: (count(1), count(2), count(3)) for label, count in work.items()}
+    finally:
+        F.scaled_dot_product_attention = fused
+    print("| work, UNet in bfloat16 | counted, --batch_size 1 | each clip more | forecast on a card |")
+    print("|---|---|---|---|")
+    for label, (one, two, three) in counted.items():
+        forecast = on_card(one) / GB
+        print(f"| `{label}` | {one / GB:.1f} GB | {(three - two) / GB:.2f} GB | {forecast:.1f} GB |")
+    print("\n| largest --batch_size on a card of | " + " | ".join(f"{card} GB" for card in CARDS) + " |")
+    print("|---" * (1 + len(CARDS)) + "|")
+    for label, numbers in counted.items():
+        fits = [largest_batch(*numbers, card) for card in CARDS]
+        print(f"| `{label}` | " + " | ".join(str(n or "–") for n in fits) + " |")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The path itself, on random weights
+
+
+def write_checkpoint(path, dtype):
+    """Random weights under the official names: matrices keep the size of what goes through, norms stay near
+    one."""
+    shapes = json.loads((ROOT / "tests" / "golden" / "official_keys.json").read_text())
+    state, generator = {}, torch.Generator().manual_seed(0)
+    for name, shape in shapes.items():
+        w = torch.randn(shape, generator=generator)
+        if name.endswith("bias"):
+            w = 0.1 * w
+        elif w.dim() < 2:
+            w = 1 + 0.1 * w
+        else:
+            w = w / w[0].numel() ** 0.5
+        state[name] = w.to(dtype)
+    torch.save({"state_dict": state}, path)
+
+
+def timed(what, *command):
+    """Runs a script of this repository; prints its time and peak memory (memory-mapped pages included)."""
+    start, peak = time.time(), 0
+    process = psutil.Popen([sys.executable, *map(str, command)])
+    while process.poll() is None:
+        try:
+            memory = process.memory_info()
+            peak = max(peak, getattr(memory, "peak_wset", memory.rss))
+        except psutil.Error:  # it ended in between
+            pass
+        time.sleep(0.05)
+    if process.returncode:
+        sys.exit(f"{what}: failed")
+    print(f"== {what}: {time.time() - start:.0f} s, peak memory {peak / GB:.1f} GB", flush=True)
+
+
+def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--estimate", action="store_true", help="only reckon the memory of a training step on a GPU")
+    p.add_argument("--estimate", action="store_true", help="only count what fits on which card")
     p.add_argument("--images", type=Path, help="folder of photos; they stand for the class prior as well")
     p.add_argument("--class_word", default="dog")
-    p.add_argument("--source", choices=["float16", "float32"], default="float16", help="what the checkpoint holds")
+    p.add_argument("--source", choices=["float16", "float32"], default="float16", help="what it is made of")
     p.add_argument("--dir", type=Path, help="where to put the files (default: the system's temporary folder)")
     p.add_argument("--convert_only", action="store_true")
     args = p.parse_args()
     if args.estimate:
-        for how, parts in zip(("plain", "--grad_checkpointing"), estimate_training(BaseConfig())):
-            print(f"estimate of a training step in bf16, {how}: {sum(parts.values()) / 2**30:.1f} GB: "
-                  + ", ".join(f"{name} {count / 2**30:.2f}" for name, count in parts.items()))
-        sys.exit()
+        return estimate(BaseConfig())
     if not args.images:
         p.error("--images: is needed")
     with tempfile.TemporaryDirectory(dir=args.dir) as temporary:
-        folder = Path(temporary)
-        # In a process of its own: a child's peak, as the system counts it, includes its parent's at the
-        # time of the fork.
-        writer = multiprocessing.get_context("spawn").Process(target=write_checkpoint,
-                                                              args=(folder / "model.ckpt", getattr(torch, args.source)))
-        writer.start()
-        writer.join()
-        if writer.exitcode:
-            sys.exit("could not write the checkpoint")
-        base = folder / "base"
-        timed(f"convert {args.source} to bfloat16", ROOT / "convert_ckpt.py", folder / "model.ckpt", "--out", base)
-        for part in sorted(base.glob("*.safetensors")):
-            print(f"   {part.name}: {part.stat().st_size / 2**30:.2f} GB")
-        if not args.convert_only:
-            timed("one training step, one subject and one prior clip", ROOT / "train.py", "--base", base, "--images", args.images,
-                  "--class_word", args.class_word, "--prior", args.images, "--num_prior", 1, "--steps", 1,
-                  "--grad_checkpointing", "--out", folder / "run")
-            timed("one sampling step with guidance, and decoding", ROOT / "sample.py", "--base", base, "--subject",
-                  folder / "run" / "subject.safetensors", "--steps", 1, "--K", 1, "--out", folder / "outputs")
+        run_all(args, Path(temporary))
+
+
+def run_all(args, folder):
+    # In a process of its own, so that its memory is given back before the scripts are measured.
+    arguments = (folder / "model.ckpt", getattr(torch, args.source))
+    writer = multiprocessing.get_context("spawn").Process(target=write_checkpoint, args=arguments)
+    writer.start()
+    writer.join()
+    if writer.exitcode:
+        sys.exit("could not write the checkpoint")
+    base = folder / "base"
+    timed(f"convert {args.source} to bfloat16", ROOT / "convert_ckpt.py", folder / "model.ckpt",
+          "--out", base)
+    for part in sorted(base.glob("*.safetensors")):
+        print(f"   {part.name}: {part.stat().st_size / GB:.2f} GB")
+    if args.convert_only:
+        return
+    timed("one training step, one subject and one prior clip", ROOT / "train.py", "--base", base,
+          "--images", args.images, "--class_word", args.class_word, "--prior", args.images, "--num_prior", 1,
+          "--steps", 1, "--grad_checkpointing", "--out", folder / "run")
+    timed("one sampling step with guidance, and decoding", ROOT / "sample.py", "--base", base,
+          "--subject", folder / "run" / "subject.safetensors", "--steps", 1, "--K", 1,
+          "--out", folder / "outputs")
+
+
+if __name__ == "__main__":
+    main()
