@@ -1,4 +1,5 @@
-"""The arithmetic of a piece of work, in floating-point operations, as torch counts them: attention on CPUs too.
+"""The arithmetic of a piece of work, in floating-point operations, as torch counts them: attention on CPUs
+too.
 
 No test is here; benchmark.py divides by what this page counts.
 """

@@ -11,6 +11,7 @@ comes out is noise.
 counts the bytes that are alive at each moment, gradients in flight included. It leaves out what the driver
 and the allocator take; `on_card` adds a guess.
 """
+
 import argparse
 import json
 import multiprocessing
@@ -132,15 +133,19 @@ def count_training(config, dtype, clips, prior, checkpointing):
     with torch.device("meta"):
         layers = add_lora(base.unet, config.training.rank)
         loss = SubjectLoss(base, torch.empty(1, config.text.width), layers, size.frames, size.fps)
-        inputs = [torch.empty(clips, 3, size.height, size.width),
-                  torch.full((clips, TEXT_LENGTH), VOCAB_SIZE), torch.empty(clips, *latents[2:]),
-                  torch.empty(all_clips, dtype=torch.long), torch.empty(all_clips, *latents)]
+        inputs = [
+            torch.empty(clips, 3, size.height, size.width),
+            torch.full((clips, TEXT_LENGTH), VOCAB_SIZE),
+            torch.empty(clips, *latents[2:]),
+            torch.empty(all_clips, dtype=torch.long),
+            torch.empty(all_clips, *latents),
+        ]
         if prior:
             inputs += [torch.empty(clips, *latents), torch.empty(clips, TEXT_LENGTH, config.text.width)]
         with LiveBytes() as step:
             sum(loss(*inputs)).backward()
     trained = sum(p.numel() * p.element_size() for p in loss.parameters())
-    return weights + 3 * trained + step.peak    # AdamW keeps two numbers for each; gradients are in the peak
+    return weights + 3 * trained + step.peak  # AdamW keeps two numbers for each; gradients are in the peak
 
 
 def largest_batch(one, two, three, card):
@@ -157,10 +162,12 @@ def largest_batch(one, two, three, card):
 def estimate(config, dtype=torch.bfloat16):
     """Prints how much each piece of work takes, then which batch sizes fit on which card."""
     training = partial(count_training, config, dtype)
-    work = {"sample.py": partial(count_sampling, config, dtype),
-            "train.py": partial(training, prior=True, checkpointing=False),
-            "train.py --grad_checkpointing": partial(training, prior=True, checkpointing=True),
-            "train.py --grad_checkpointing --alpha 0": partial(training, prior=False, checkpointing=True)}
+    work = {
+        "sample.py": partial(count_sampling, config, dtype),
+        "train.py": partial(training, prior=True, checkpointing=False),
+        "train.py --grad_checkpointing": partial(training, prior=True, checkpointing=True),
+        "train.py --grad_checkpointing --alpha 0": partial(training, prior=False, checkpointing=True),
+    }
     fused, F.scaled_dot_product_attention = F.scaled_dot_product_attention, FusedAttention.attend
     try:
         counted = {label: (count(1), count(2), count(3)) for label, count in work.items()}
@@ -221,7 +228,9 @@ def main():
     p.add_argument("--images", type=Path, help="folder of photos; they stand for the class prior as well")
     p.add_argument("--class_word", default="dog")
     p.add_argument("--source", choices=["float16", "float32"], default="float16", help="what it is made of")
-    p.add_argument("--dir", type=Path, help="where to put the files (default: the system's temporary folder)")
+    p.add_argument(
+        "--dir", type=Path, help="where to put the files (default: the system's temporary folder)"
+    )
     p.add_argument("--convert_only", action="store_true")
     args = p.parse_args()
     if args.estimate:
@@ -241,18 +250,46 @@ def run_all(args, folder):
     if writer.exitcode:
         sys.exit("could not write the checkpoint")
     base = folder / "base"
-    timed(f"convert {args.source} to bfloat16", ROOT / "convert_ckpt.py", folder / "model.ckpt",
-          "--out", base)
+    timed(
+        f"convert {args.source} to bfloat16", ROOT / "convert_ckpt.py", folder / "model.ckpt", "--out", base
+    )
     for part in sorted(base.glob("*.safetensors")):
         print(f"   {part.name}: {part.stat().st_size / GB:.2f} GB")
     if args.convert_only:
         return
-    timed("one training step, one subject and one prior clip", ROOT / "train.py", "--base", base,
-          "--images", args.images, "--class_word", args.class_word, "--prior", args.images, "--num_prior", 1,
-          "--steps", 1, "--grad_checkpointing", "--out", folder / "run")
-    timed("one sampling step with guidance, and decoding", ROOT / "sample.py", "--base", base,
-          "--subject", folder / "run" / "subject.safetensors", "--steps", 1, "--K", 1,
-          "--out", folder / "outputs")
+    timed(
+        "one training step, one subject and one prior clip",
+        ROOT / "train.py",
+        "--base",
+        base,
+        "--images",
+        args.images,
+        "--class_word",
+        args.class_word,
+        "--prior",
+        args.images,
+        "--num_prior",
+        1,
+        "--steps",
+        1,
+        "--grad_checkpointing",
+        "--out",
+        folder / "run",
+    )
+    timed(
+        "one sampling step with guidance, and decoding",
+        ROOT / "sample.py",
+        "--base",
+        base,
+        "--subject",
+        folder / "run" / "subject.safetensors",
+        "--steps",
+        1,
+        "--K",
+        1,
+        "--out",
+        folder / "outputs",
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 No test is here, and no fixture (conftest.py has those).
 """
+
 import json
 import os
 import socket
@@ -34,10 +35,18 @@ def write_base(folder, seed=0):
         name=f"tiny{seed}",
         text=TextConfig(width=32, heads=2, layers=1),
         vae=VAEConfig(channels=8, channel_mult=(1, 1, 1, 1), num_res_blocks=1, norm_groups=4),
-        unet=UNetConfig(channels=16, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2),
-                        head_channels=8, context_dim=32, norm_groups=4),
+        unet=UNetConfig(
+            channels=16,
+            channel_mult=(1, 2),
+            num_res_blocks=1,
+            attention_resolutions=(1, 2),
+            head_channels=8,
+            context_dim=32,
+            norm_groups=4,
+        ),
         sampling=SamplingDefaults(frames=3, height=32, width=48, fps=8, steps=4, K=2),
-        training=TrainingDefaults(rank=2, lr=1e-3, steps=4, num_prior=2))
+        training=TrainingDefaults(rank=2, lr=1e-3, steps=4, num_prior=2),
+    )
     states = {}
     for part in PARTS:
         network = build_part(part, config)
@@ -59,8 +68,17 @@ def random_subject(base, rank=2, scale=0.3, method="customcrafter"):
     targets = "all"
     if method == "cross":
         method, targets = "customcrafter", "cross"
-    subject = Subject("V*", "dog", rank, base.config.name, base.config.fingerprint, 7, method,
-                      {"targets": targets}, v_star=torch.randn(1, base.config.text.width))
+    subject = Subject(
+        "V*",
+        "dog",
+        rank,
+        base.config.name,
+        base.config.fingerprint,
+        7,
+        method,
+        {"targets": targets},
+        v_star=torch.randn(1, base.config.text.width),
+    )
     with torch.device("meta"):
         layers = METHODS[method].add_layers(build_part("unet", base.config), rank, targets)
     for name, layer in layers.items():
@@ -73,11 +91,21 @@ def random_subject(base, rank=2, scale=0.3, method="customcrafter"):
 
 
 GOLDEN = Path(__file__).parent / "golden"
-OFFICIAL = {name: tuple(shape) for name, shape in json.loads((GOLDEN / "official_keys.json").read_text()).items()}
-SMALL = {"text": TextConfig(width=64, heads=4, layers=2),
-         "vae": VAEConfig(channels=32, channel_mult=(1, 2, 2), num_res_blocks=1),
-         "unet": UNetConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2),
-                            head_channels=16, context_dim=64)}
+OFFICIAL = {
+    name: tuple(shape) for name, shape in json.loads((GOLDEN / "official_keys.json").read_text()).items()
+}
+SMALL = {
+    "text": TextConfig(width=64, heads=4, layers=2),
+    "vae": VAEConfig(channels=32, channel_mult=(1, 2, 2), num_res_blocks=1),
+    "unet": UNetConfig(
+        channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(1, 2),
+        head_channels=16,
+        context_dim=64,
+    ),
+}
 
 
 def golden_weight(key, shape):
@@ -112,7 +140,7 @@ class Bomb:
 
 
 def fork(main, argv, cwd, before=None, output="output"):
-    """Runs a script's main() in a child, which spares the start-up -> its pid. The child writes to cwd/`output`."""
+    """Runs a script's main() in a child, which spares the start-up -> its pid. Its output goes to cwd/output."""
     pid = os.fork()
     if pid:
         return pid
@@ -151,8 +179,13 @@ def fork_ranks(world, main, argv, cwd):
         port = server.getsockname()[1]
     pids = []
     for rank in range(world):
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": port}
+        environment = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": world,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         before = lambda: os.environ.update({name: str(value) for name, value in environment.items()})
         pids.append(fork(main, argv, cwd, before, f"output-{rank}" if rank else "output"))
     return pids
@@ -161,8 +194,13 @@ def fork_ranks(world, main, argv, cwd):
 def run(script, *flags, cwd, launcher=()):
     """Runs a script in a process of its own -> CompletedProcess with text output."""
     return subprocess.run(
-        [sys.executable, *launcher, str(ROOT / script), *map(str, flags)], cwd=cwd, text=True,
-        capture_output=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+        [sys.executable, *launcher, str(ROOT / script), *map(str, flags)],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        timeout=400,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
 
 
 def torchrun(processes):

@@ -1,4 +1,4 @@
-"""The metrics against NumPy with small random towers; what each must not see; the table of a folder of videos."""
+"""The metrics against NumPy with small random towers; what each must not see; the table of two folders."""
 
 import csv
 import json
@@ -52,7 +52,7 @@ def clip():
 
 
 def numpy_features(tower, frame):
-    """One (H, W, 3) picture -> (D,): shorter side to 256, the middle 224 x 224, colours normalised, length 1."""
+    """One (H, W, 3) picture -> (D,): shorter side 256, the middle 224 x 224, colours normalised, length 1."""
     image = Image.fromarray(frame)
     scale = 256 / min(image.size)
     image = np.asarray(image.resize([int(scale * side) for side in image.size], Image.BICUBIC)) / 255
@@ -145,7 +145,8 @@ def evaluate_with_small_towers(tmp_path, processes, *flags):
         return table_in((tmp_path / "output").read_text())
     script = tmp_path / "small.py"
     script.write_text(
-        f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nfrom paper import evaluate\nimport test_evaluate\n"
+        f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "from paper import evaluate\nimport test_evaluate\n"
         "test_evaluate.use_small_towers()\nevaluate.main()\n"
     )
     done = run(

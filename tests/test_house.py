@@ -1,14 +1,35 @@
 """What holds the pages in order: imports run one way, pages stay short, lines stay narrow."""
+
 import ast
 
 import pytest
 
 from makers import ROOT
 
-ORDER = ["cli", "model", "texts", "config", "lora", "paper.baselines", "files", "video", "data", "runs", "sample",
-         "train", "convert_ckpt"]
-LENGTHS = {"lora.py": 150, "train.py": 280, "sample.py": 280, "data.py": 160, "model.py": 560, "convert_ckpt.py": 240,
-           "README.md": 150}
+ORDER = [
+    "cli",
+    "model",
+    "texts",
+    "config",
+    "lora",
+    "paper.baselines",
+    "files",
+    "video",
+    "data",
+    "runs",
+    "sample",
+    "train",
+    "convert_ckpt",
+]
+LENGTHS = {
+    "lora.py": 150,
+    "train.py": 280,
+    "sample.py": 280,
+    "data.py": 160,
+    "model.py": 560,
+    "convert_ckpt.py": 240,
+    "README.md": 150,
+}
 HERE = {path.stem for path in ROOT.glob("*.py")} | {"paper", "toy", "tests"}
 
 
@@ -25,7 +46,7 @@ def imported_pages(path):
 
 @pytest.mark.parametrize("page", ORDER)
 def test_a_page_imports_only_pages_before_it(page):
-    assert imported_pages(ROOT / f"{page.replace('.', '/')}.py") <= set(ORDER[:ORDER.index(page)])
+    assert imported_pages(ROOT / f"{page.replace('.', '/')}.py") <= set(ORDER[: ORDER.index(page)])
 
 
 def test_every_page_has_its_place_in_the_order():
@@ -38,7 +59,12 @@ def test_a_page_keeps_its_length(name):
 
 
 def test_no_line_is_wider_than_110_columns():
-    pages = [*ROOT.glob("*.py"), *ROOT.glob("paper/**/*.py"), *ROOT.glob("toy/**/*.py"), *ROOT.glob("tests/**/*.py")]
+    pages = [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("paper/**/*.py"),
+        *ROOT.glob("toy/**/*.py"),
+        *ROOT.glob("tests/**/*.py"),
+    ]
     wide = []
     for path in pages:
         for number, line in enumerate(path.read_text().splitlines(), 1):

@@ -8,7 +8,8 @@ import train
 from data import still_video
 from lora import LoRALinear, MergedLoRA, add_lora, class_embedding
 from makers import random_subject
-from model import NoiseSchedule, ScheduleConfig, SpatialTransformer, TemporalTransformer, Tokenizer, UNet, UNetConfig
+from model import (NoiseSchedule, ScheduleConfig, SpatialTransformer, TemporalTransformer, Tokenizer, UNet,
+                   UNetConfig)
 from sample import ddim, ddim_steps, two_step_schedule
 from train import SubjectLoss
 
@@ -47,7 +48,7 @@ def add_noise(base, z_0, t, eps):
 
 @torch.no_grad()
 def test_eq_1_the_unet_predicts_the_noise(base):
-    """Eq. 1: the mean of (eps - eps_theta(z_t, t, c))^2, where z_t is a still video with noise eps of level t."""
+    """Eq. 1: the mean of (eps - eps_theta(z_t, t, c))^2. z_t is a still video with noise eps of level t."""
     photos, tokens, weight, t, eps = small_batch()
     loss = new_loss(base)
     subject_loss, prior_loss = loss(photos, tokens, weight, t, eps)
@@ -104,8 +105,8 @@ def test_eq_2_the_update_in_the_weight(base):
 
 
 def test_the_96_layers_of_eq_2_are_all_spatial():
-    """Queries, keys and values of 16 spatial transformers' self- and cross-attention: 16 * 2 * 3 = 96 layers."""
-    with torch.device("meta"):                                              # VideoCrafter2's UNet, without memory
+    """Queries, keys, values of 16 spatial transformers' self- and cross-attention: 16 * 2 * 3 = 96 layers."""
+    with torch.device("meta"):                              # VideoCrafter2's UNet, without memory
         unet = UNet(UNetConfig())
         layers = add_lora(unet, rank=4)
     spatial = [module for module in unet.modules() if isinstance(module, SpatialTransformer)]
@@ -127,8 +128,8 @@ def test_eq_3_the_prior_loss(base):
     prior_z, prior_context = small_prior()
     prior_t, prior_eps = torch.tensor([300, 600]), torch.randn(2, 4, 3, 4, 6)
     loss = new_loss(base)
-    subject_loss, prior_loss = loss(photos, tokens, weight, torch.cat([t, prior_t]), torch.cat([eps, prior_eps]),
-                                    prior_z, prior_context)
+    both_t, both_eps = torch.cat([t, prior_t]), torch.cat([eps, prior_eps])
+    subject_loss, prior_loss = loss(photos, tokens, weight, both_t, both_eps, prior_z, prior_context)
 
     predicted = base.unet(add_noise(base, prior_z, prior_t, prior_eps), prior_t, FPS, prior_context)
     assert torch.allclose(prior_loss, ((prior_eps - predicted) ** 2).mean())
@@ -152,7 +153,8 @@ def test_eq_4_the_total_in_a_training_step(base_folder, photos_folder, tmp_path,
     monkeypatch.setattr(torch.optim.AdamW, "step", watched_step)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["train.py", "--base", str(base_folder), "--images", str(photos_folder),
-                                     "--class_word", "dog", "--alpha", "0.5", "--steps", "1", "--preview_every", "0"])
+                                     "--class_word", "dog", "--alpha", "0.5", "--steps", "1",
+                                     "--preview_every", "0"])
     train.main()
 
     subject_loss, prior_loss = losses[0](*batches[0])
@@ -167,12 +169,12 @@ def test_only_v_star_A_and_B_are_trained(base):
     """The frozen networks get no gradient, and what SubjectLoss offers to an optimizer is V*, A and B."""
     loss = new_loss(base)
     for B in loss.updates[1::2]:
-        torch.nn.init.normal_(B)                                            # where B is zero, A has no gradient
+        torch.nn.init.normal_(B)                            # where B is zero, A has no gradient
     subject_loss, _ = loss(*small_batch())
     subject_loss.backward()
 
     trained = {id(parameter) for parameter in loss.parameters()}
-    assert len(trained) == 1 + 2 * 42                                       # the tiny UNet has 42 target layers
+    assert len(trained) == 1 + 2 * 42                       # the tiny UNet has 42 target layers
     assert all(parameter.grad.abs().sum() > 0 for parameter in loss.parameters())
     for network in (base.unet, base.text_encoder, base.vae):
         for name, parameter in network.named_parameters():
@@ -199,8 +201,9 @@ def test_algorithm_1_lambda_s_for_K_steps_then_lambda_l(base):
         return base.unet(*inputs)
 
     z, context = torch.randn(1, 4, 3, 4, 6), torch.randn(1, 77, 32)
-    ddim(watched_unet, base.schedule, z, lambda: torch.randn_like(z), context, context, FPS[:1], steps=6, cfg=12.0,
-         eta=1.0, strength=MergedLoRA(base.unet, subject), lambdas=two_step_schedule(0.4, 0.8, 2, 6))
+    noise = lambda: torch.randn_like(z)
+    ddim(watched_unet, base.schedule, z, noise, context, context, FPS[:1], steps=6, cfg=12.0, eta=1.0,
+         strength=MergedLoRA(base.unet, subject), lambdas=two_step_schedule(0.4, 0.8, 2, 6))
     assert torch.allclose(torch.stack(seen), torch.tensor([0.4, 0.4, 0.8, 0.8, 0.8, 0.8]), atol=1e-3)
 
 
@@ -215,7 +218,8 @@ def test_algorithm_1_guidance():
 
     (t, alpha_bar, scale, *_), = ddim_steps(schedule, 1, 0.0)
     eps = 0.1 + 12.0 * (0.3 - 0.1)
-    assert torch.allclose(predictions[0], (z - (1 - alpha_bar) ** 0.5 * eps) / (alpha_bar ** 0.5 * scale), rtol=1e-4)
+    clean = (z - (1 - alpha_bar) ** 0.5 * eps) / (alpha_bar ** 0.5 * scale)
+    assert torch.allclose(predictions[0], clean, rtol=1e-4)
 
 
 def test_algorithm_1_ddim_finds_a_known_point():
@@ -236,7 +240,8 @@ def test_algorithm_1_ddim_finds_a_known_point():
         for eta in (0.0, 1.0):
             _, alpha_bar, scale, *_ = ddim_steps(schedule, steps, eta)[0]
             z = alpha_bar ** 0.5 * scale * point + (1 - alpha_bar) ** 0.5 * eps
-            z_0 = ddim(exact, schedule, z, lambda: torch.randn_like(z), context, context, FPS[:1], steps, 3.0, eta)
+            noise = lambda: torch.randn_like(z)
+        z_0 = ddim(exact, schedule, z, noise, context, context, FPS[:1], steps, 3.0, eta)
             alpha_bar, scale = schedule.alpha_bar[0], schedule.scale[0]
             rest = (z_0 - alpha_bar ** 0.5 * scale * point) / (1 - alpha_bar) ** 0.5
             if eta == 0:    # no noise but the first z's own, to the end

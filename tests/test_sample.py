@@ -15,7 +15,7 @@ from sample import ddim, ddim_steps, parse_lambdas, two_step_schedule
 
 
 class PointPredictor:
-    """The exact noise predictor of a data set that is one known point: eps = (z_t - signal * point) / noise."""
+    """The exact noise predictor of a data set of one known point: eps = (z_t - signal * point) / noise."""
 
     def __init__(self, schedule, point):
         self.schedule, self.point = schedule, point
@@ -28,7 +28,7 @@ class PointPredictor:
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("steps", [1, 7, 50])
 def test_ddim_against_the_closed_form_of_a_known_point(eta, steps):
-    """With the exact predictor every step keeps the marginal, z_t = sqrt(a) * scale * point + sqrt(1 - a) * unit noise."""
+    """The exact predictor keeps the marginal: z_t = sqrt(a) * scale * point + sqrt(1 - a) * unit noise."""
     torch.manual_seed(0)
     schedule = NoiseSchedule(ScheduleConfig())
     point, eps = torch.randn(2, 1, 4, 8, 16, 16)
@@ -136,7 +136,7 @@ def test_weights_change_only_at_the_switch(base, monkeypatch):
     assert merges == [0.4, 0.8, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command line
 
 

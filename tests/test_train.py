@@ -1,4 +1,4 @@
-"""Subject learning through the command line: what is written, that it is learned, and that one process equals two."""
+"""Subject learning through the command line: what is written, what is learned; processes agree."""
 
 import pytest
 import torch
@@ -156,9 +156,11 @@ def test_a_subject_is_learned(base_folder, photos_folder, tmp_path):
 
 def test_help_names_every_setting(monkeypatch, tmp_path, capsys):
     for script, names in {
-        train: "base images class_word placeholder prior num_prior alpha rank lr weight_decay steps batch_size frames height "
+        train: "base images class_word placeholder prior num_prior alpha rank lr weight_decay steps batch_size frames "
+        "height "
         "width precision grad_checkpointing seed out save_every",
-        sample: "base subject prompt lambda_s lambda_l K steps cfg eta fps save_fps frames height width seed num precision out",
+        sample: "base subject prompt lambda_s lambda_l K steps cfg eta fps save_fps frames height width "
+            "seed num precision out",
     }.items():
         with pytest.raises(SystemExit) as end:
             in_process(script, monkeypatch, tmp_path, "--help")

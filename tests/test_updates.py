@@ -2,6 +2,7 @@
 
 Eq. 2 itself is in test_paper.py. The methods are the paper's, its ablation "cross", and the two in paper/.
 """
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,8 +40,9 @@ def live_layers(unet, subject):
     return layers
 
 
-@pytest.mark.parametrize("method, count, size", [("cross", 48, 2), ("custom_diffusion", 32, 1),
-                                                 ("dreamvideo", 16, 4)])
+@pytest.mark.parametrize(
+    "method, count, size", [("cross", 48, 2), ("custom_diffusion", 32, 1), ("dreamvideo", 16, 4)]
+)
 def test_full_unet_has_the_baselines_targets(method, count, size):
     with torch.device("meta"):
         layers = add_layers(UNet(UNetConfig()), method, 4)
@@ -48,7 +50,11 @@ def test_full_unet_has_the_baselines_targets(method, count, size):
     names = METHODS["customcrafter" if method == "cross" else method].tensor_names
     assert all(len(layer.tensors()) == size == len(names) for layer in layers.values())
     if method == "dreamvideo":
-        assert {layer.down.weight.shape for layer in layers.values()} == {(160, 320), (320, 640), (640, 1280)}
+        assert {layer.down.weight.shape for layer in layers.values()} == {
+            (160, 320),
+            (320, 640),
+            (640, 1280),
+        }
     if method == "custom_diffusion":
         assert {layer.delta.shape for layer in layers.values()} == {(320, 1024), (640, 1024), (1280, 1024)}
 
@@ -81,8 +87,9 @@ def test_merged_equals_unmerged(base, base_folder, inputs, method):
 def test_lambda_zero_restores_the_base_bit_for_bit(base, inputs, method):
     before = {name: p.clone() for name, p in base.unet.state_dict().items()}
     first, second = ("customcrafter", "dreamvideo") if method == "a mix" else (method, method)
-    strength = Strength(base.unet, [random_subject(base, method=first),
-                                    random_subject(base, scale=0.1, method=second)])
+    strength = Strength(
+        base.unet, [random_subject(base, method=first), random_subject(base, scale=0.1, method=second)]
+    )
     with torch.no_grad():
         plain = base.unet(*inputs)
         for lam in (0.4, 0.8, -1.0):
@@ -108,7 +115,7 @@ def test_subjects_of_different_methods_are_added(base, base_folder, inputs):
 
 
 def test_dreamvideos_adapter_reads_what_is_not_normalised(base):
-    """x <- attn2(norm2(x), text) + x + lambda * adapter(x), against the formula; both subjects' adapters count."""
+    """x <- attn2(norm2(x), text) + x + lambda * adapter(x), as the formula; both subjects' adapters count."""
     subjects = [random_subject(base, scale=scale, method="dreamvideo") for scale in (0.3, 0.2)]
     name = next(iter(subjects[0].updates))
     block = base.unet.get_submodule(name)
