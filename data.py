@@ -75,14 +75,13 @@ def subject_sample(photos, index, seed, height, width, factor, subject_words, ma
 def crop(image, height, width, rng=None):
     """RGB image -> frame (3, H, W) in [-1, 1]: the largest centred crop of that shape.
 
-    With a numpy Generator: up to 1.15 times the scale, up to 5% off the centre, half of the time mirrored.
+    With a numpy Generator: up to 1.15 times the scale, anywhere in the image, half of the time mirrored.
     """
-    zoom, dx, dy = (rng.uniform(1, 1.15), *rng.uniform(-0.05, 0.05, 2)) if rng else (1, 0, 0)
+    zoom, x, y = (rng.uniform(1, 1.15), *rng.uniform(0, 1, 2)) if rng else (1, 0.5, 0.5)
     w, h = image.size
     scale = max(width / w, height / h) * zoom
     crop_w, crop_h = min(width / scale, w), min(height / scale, h)          # in the image's own pixels
-    left = min(max((w - crop_w) / 2 + dx * crop_w, 0), w - crop_w)
-    top = min(max((h - crop_h) / 2 + dy * crop_h, 0), h - crop_h)
+    left, top = x * (w - crop_w), y * (h - crop_h)
     image = image.resize((width, height), Image.BICUBIC, box=(left, top, left + crop_w, top + crop_h))
     if rng and rng.random() < 0.5:
         image = ImageOps.mirror(image)
