@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from files import PICTURES, VIDEOS, load_picture, read_folder
 from model import TRAIN_STEPS, Z_CHANNELS, pixels
-from texts import read_caption
+from texts import read_caption, subject_caption
 from video import first_frames
 
 # "{}" is "V* dog". A few templates keep V* from binding to the words around it.
@@ -110,7 +110,7 @@ class Photo:
     caption: str          # from NAME.txt beside NAME.jpg; empty: take a template
 
 
-def load_photos(folder, shortest):
+def load_photos(folder, shortest, placeholder="", class_word=""):
     """Folder -> list of Photo, in the order of their names. Unreadable files are reported and left out.
 
     A picture whose short side has more than twice `shortest` pixels is shrunk once, here. Raises BadInput
@@ -118,7 +118,7 @@ def load_photos(folder, shortest):
     """
     load = lambda path: load_picture(path, shortest)
     found = read_folder(folder, PICTURES, load, "--images", "4 to 6 photos of the subject")
-    return [Photo(image, read_caption(path.with_suffix(".txt"))) for path, image in found]
+    return [Photo(image, subject_caption(path, placeholder, class_word)) for path, image in found]
 
 
 def load_prior(folder, count, frames, height, width):

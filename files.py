@@ -260,8 +260,12 @@ def read_facts(path, facts):
 def find_subjects(given, base_fingerprint):
     """--subject -> paths: those given, else the newest of this base under runs/, else the committed one."""
     if given:
-        return [Path(path) for path in given if path != "none"]
-    trained = sorted(Path("runs").glob("*/subject.safetensors"), key=lambda path: path.stat().st_mtime)
+        if "none" in given and len(given) > 1:
+            raise BadInput("--subject none: means no subject; leave it out, or the others")
+        paths = [Path(path) for path in given if path != "none"]
+        return [path / "subject.safetensors" if path.is_dir() else path for path in paths]
+    found = [path for path in Path("runs").rglob("subject.safetensors") if "step-" not in path.parent.name]
+    trained = sorted(found, key=lambda path: path.stat().st_mtime)
     for path in [*reversed(trained), Path(os.path.relpath(ROOT / "toy" / "subject.safetensors"))]:
         try:
             with safe_open(path, framework="pt") as f:

@@ -4,6 +4,7 @@ Nothing to run here. A reader of the method may skip this page.
 """
 import re
 import sys
+from pathlib import Path
 
 from cli import BadInput
 from model import TEXT_LENGTH, Tokenizer
@@ -58,6 +59,28 @@ def read_caption(path):
     except (ValueError, OSError) as error:
         raise BadInput(f"{path}: not a readable UTF-8 text file ({error}); "
                        f"write the picture's caption there or delete it") from None
+
+
+def subject_caption(picture, placeholder, class_word):
+    """The caption beside a photo, with the placeholder in it where one is given. Raises BadInput."""
+    path = picture.with_suffix(".txt")
+    near = (picture.with_suffix(".caption"), picture.with_suffix(".TXT"), Path(f"{picture}.txt"))
+    path = next((found for found in (path, *near) if found.exists()), path)
+    caption = read_caption(path)
+    if not caption or not placeholder:
+        return caption
+    tokenizer = Tokenizer([placeholder])
+    if not tokenizer.cut.search(caption):
+        named = re.search(rf"(?<!\w){re.escape(class_word)}(?!\w)", caption, re.IGNORECASE)
+        if not named:
+            raise BadInput(f"{path}: holds neither {placeholder} nor {class_word}; write {placeholder} where "
+                           f"the caption names the subject")
+        caption = f"{caption[:named.start()]}{placeholder} {caption[named.start():]}"
+        print(f"warning: {path}: lacks {placeholder}; read as {caption!r}", file=sys.stderr)
+    if tokenizer.ids[placeholder] not in tokenizer.encode(caption)[:TEXT_LENGTH - 2]:
+        raise BadInput(f"{path}: {placeholder} comes after the {TEXT_LENGTH - 2} tokens that are read; "
+                       f"put it earlier")
+    return caption
 
 
 def read_prompts(path):
