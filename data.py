@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from files import PICTURES, VIDEOS, load_picture, read_folder
 from model import TRAIN_STEPS, Z_CHANNELS, pixels
-from texts import read_caption
+from texts import read_caption, subject_caption
 from video import first_frames
 
 # "{}" is "V* dog". A few templates keep V* from binding to the words around it.
@@ -75,14 +75,13 @@ def subject_sample(photos, index, seed, height, width, factor, subject_words, ma
 def crop(image, height, width, rng=None):
     """RGB image -> frame (3, H, W) in [-1, 1]: the largest centred crop of that shape.
 
-    With a numpy Generator: up to 1.15 times the scale, up to 5% off the centre, half of the time mirrored.
+    With a numpy Generator: up to 1.15 times the scale, anywhere in the image, half of the time mirrored.
     """
-    zoom, dx, dy = (rng.uniform(1, 1.15), *rng.uniform(-0.05, 0.05, 2)) if rng else (1, 0, 0)
+    zoom, x, y = (rng.uniform(1, 1.15), *rng.uniform(0, 1, 2)) if rng else (1, 0.5, 0.5)
     w, h = image.size
     scale = max(width / w, height / h) * zoom
     crop_w, crop_h = min(width / scale, w), min(height / scale, h)          # in the image's own pixels
-    left = min(max((w - crop_w) / 2 + dx * crop_w, 0), w - crop_w)
-    top = min(max((h - crop_h) / 2 + dy * crop_h, 0), h - crop_h)
+    left, top = x * (w - crop_w), y * (h - crop_h)
     image = image.resize((width, height), Image.BICUBIC, box=(left, top, left + crop_w, top + crop_h))
     if rng and rng.random() < 0.5:
         image = ImageOps.mirror(image)
@@ -111,7 +110,7 @@ class Photo:
     caption: str          # from NAME.txt beside NAME.jpg; empty: take a template
 
 
-def load_photos(folder, shortest):
+def load_photos(folder, shortest, placeholder="", class_word=""):
     """Folder -> list of Photo, in the order of their names. Unreadable files are reported and left out.
 
     A picture whose short side has more than twice `shortest` pixels is shrunk once, here. Raises BadInput
@@ -119,7 +118,7 @@ def load_photos(folder, shortest):
     """
     load = lambda path: load_picture(path, shortest)
     found = read_folder(folder, PICTURES, load, "--images", "4 to 6 photos of the subject")
-    return [Photo(image, read_caption(path.with_suffix(".txt"))) for path, image in found]
+    return [Photo(image, subject_caption(path, placeholder, class_word)) for path, image in found]
 
 
 def load_prior(folder, count, frames, height, width):

@@ -8,6 +8,7 @@ Nothing to run here, and nothing of the paper. Nothing in a file is run: weights
 that torch reads with weights_only.
 """
 import hashlib
+import io
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -287,8 +288,12 @@ def read_facts(path, facts):
 def find_subjects(given, base_fingerprint):
     """--subject -> paths: those given, else the newest of this base under runs/, else the committed one."""
     if given:
-        return [Path(path) for path in given if path != "none"]
-    trained = sorted(Path("runs").glob("*/subject.safetensors"), key=lambda path: path.stat().st_mtime)
+        if "none" in given and len(given) > 1:
+            raise BadInput("--subject none: means no subject; leave it out, or the others")
+        paths = [Path(path) for path in given if path != "none"]
+        return [path / "subject.safetensors" if path.is_dir() else path for path in paths]
+    found = [path for path in Path("runs").rglob("subject.safetensors") if "step-" not in path.parent.name]
+    trained = sorted(found, key=lambda path: path.stat().st_mtime)
     for path in [*reversed(trained), Path(os.path.relpath(ROOT / "toy" / "subject.safetensors"))]:
         try:
             with safe_open(path, framework="pt") as f:
@@ -313,7 +318,9 @@ def pick_images(args, config):
 # ------------------------------------------------------------------------------------------------------------
 # Pictures
 
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
+UNREAD_PICTURES = {".heic", ".heif", ".jxl", ".raw", ".dng", ".cr2", ".nef", ".svg", ".psd"}
+MOST_PIXELS = 250_000_000  # a phone's 200 MP; 0.75 GB as RGB
 VIDEOS = {".mp4", ".webm", ".avi", ".mov", ".mkv"}
 
 
@@ -323,7 +330,17 @@ def read_folder(folder, endings, read, flag, content, count=None):
     if not folder.is_dir():
         raise BadInput(f"{flag} {folder}: no such folder; it should hold {content}")
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in endings or path.name.startswith("."):
+        if path.name.startswith("."):
+            continue
+        ending = path.suffix.lower()
+        if ending in UNREAD_PICTURES or (ending in PICTURES | VIDEOS and ending not in endings):
+            print(f"warning: {path}: {ending} is not read; left out", file=sys.stderr)
+        if path.is_dir() and any(file.suffix.lower() in endings for file in path.iterdir()):
+            print(f"warning: {path}: subfolders are not read; left out", file=sys.stderr)
+        if ending not in endings:
+            continue
+        if not path.is_file():
+            print(f"warning: {path}: not a regular file; left out", file=sys.stderr)
             continue
         try:
             found.append((path, read(path)))
@@ -338,22 +355,47 @@ def read_folder(folder, endings, read, flag, content, count=None):
 
 
 def load_picture(path, shortest):
-    """A file in any mode and orientation -> RGB, upright, transparent parts over white; of an animation
+    """A file in any mode and orientation -> RGB (sRGB), upright, transparency over white; of an animation
     frame 1.
 
-    Pictures of more than Pillow's limit, 89 million pixels, are refused.
+    Scaled down while it is decoded, where the format can. Raises ValueError over MOST_PIXELS, or where a
+    picture's numbers have no depth that is known.
     """
-    no_bombs = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
-    with no_bombs, Image.open(path) as image:
+    with warnings.catch_warnings(action="ignore"), Image.open(path) as image:  # EXIF that is broken, size
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"it has {image.width}x{image.height} pixels; {MOST_PIXELS:,} are the most")
+        image.draft("RGB", (2 * shortest, 2 * shortest))
+        profile = image.info.get("icc_profile")
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # 16 bits, which convert("RGB") clips
-            grey = np.asarray(image).astype(np.float32)
-            top = 65535 if grey.max() > 255 else 255
-            image = Image.fromarray((grey / top * 255).clip(0, 255).astype(np.uint8))
+            image = eight_bits(np.asarray(image))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
+        if image.mode not in ("RGB", "CMYK", "L"):
+            image = image.convert("RGB")
+        image = in_srgb(image, profile)
     if min(image.size) > 2 * shortest:
         image = ImageOps.scale(image, 2 * shortest / min(image.size), Image.LANCZOS)
     return image
+
+
+def eight_bits(grey):
+    """Grey numbers of 16 bits, or floats in 0 ... 1 -> 8-bit image. Raises ValueError for any others."""
+    if not np.isfinite(grey).all():
+        raise ValueError("it holds values that are not finite")
+    top = 1 if grey.dtype.kind == "f" else 65535
+    if grey.min() < 0 or grey.max() > top:
+        raise ValueError(f"its values go from {grey.min()} to {grey.max()}, and 0 to {top} is expected")
+    return Image.fromarray((grey.astype(np.float32) / top * 255).round().astype(np.uint8))
+
+
+def in_srgb(image, profile):
+    """An image and its colour profile -> RGB. A profile that is broken, or another mode's, is ignored."""
+    if profile:
+        try:
+            return ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"),
+                                             outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError):
+            pass
+    return image.convert("RGB")

@@ -540,9 +540,13 @@ class Tokenizer:
     def __init__(self, placeholders=()):
         self.bpe = SimpleTokenizer()
         self.ids = {word: VOCAB_SIZE + i for i, word in enumerate(placeholders)}
-        # A placeholder counts only where no letter or digit touches it: the V* in "V*'s", not in "AV*".
-        longest_first = sorted(map(re.escape, self.ids), key=len, reverse=True)
-        self.cut = re.compile(rf"(?<!\w)({'|'.join(longest_first)})(?!\w)" if self.ids else r"(?!)()")
+        self.cut = self.cutter(placeholders)
+
+    @staticmethod
+    def cutter(placeholders):
+        """A placeholder counts only where no letter or digit touches it: the V* in "V*'s", not in "AV*"."""
+        longest_first = sorted(map(re.escape, placeholders), key=len, reverse=True)
+        return re.compile(rf"(?<!\w)({'|'.join(longest_first)})(?!\w)" if longest_first else r"(?!)()")
 
     def encode(self, text):
         """text -> list of ids, without the start and end tokens and of any length."""

@@ -5,10 +5,12 @@ is a copy of the newest. OUT/log.jsonl has a line per step; OUT/preview.png a ro
 
 Nothing to run here, and nothing of the paper. A reader of the method may skip this page.
 """
+import hashlib
 import json
 import os
 import shutil
 import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from cli import BadInput, complete_or_absent, one_line, peak_memory
+from cli import BadInput, complete_or_absent, one_line, only_writer, peak_memory
 from files import file_crc32, save_subject, subject_tensors
 from video import labelled, slug, write_mp4
 
@@ -70,11 +72,43 @@ def save_fingerprint(save):
     return " ".join([save.name, *(f"{file_crc32(path):08x}" for path in sorted(save.iterdir()))])
 
 
-def prior_folder(config, sampling, moving, class_word):
-    """Where the class prior lies that this base makes of a class word: pictures, or moving clips."""
-    kind = f"{sampling.frames}-frames" if moving else "still"
-    origin = f"{config.name}-{config.fingerprint[:6]}-{sampling.height}x{sampling.width}-{kind}"
-    return Path("runs") / "prior" / f"{origin}-{slug(class_word)}"
+def prior_folder(out, base, sampling, class_word):
+    """Where the class prior lies that this base makes of a class word, beside --out: pictures, or clips.
+
+    Its name ends with a digest of all that its pictures depend on, and its prior.json records it.
+    """
+    facts = {"class_word": class_word, "base_fingerprint": base.config.fingerprint,
+             "precision": str(next(base.unet.parameters()).dtype)}
+    facts |= {name: getattr(sampling, name) for name in ("frames", "height", "width", "fps")}
+    facts |= {name: getattr(sampling, name) for name in ("save_fps", "steps", "cfg", "eta")}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    parent = out.parent if os.access(out.parent, os.W_OK) or not out.parent.exists() else out
+    return parent / "prior" / f"{slug(base.config.name)}-{slug(class_word)}-{digest}", facts
+
+
+@contextmanager
+def prior_writer(folder, facts, rank):
+    """Holds the prior's folder, once no other run fills it. Raises BadInput if it is of other facts."""
+    with ExitStack() as stack:
+        told = False
+        while True:
+            try:
+                stack.enter_context(only_writer(folder, rank))
+                break
+            except BadInput as error:
+                if "another run" not in str(error):
+                    raise
+                if not told:
+                    print(f"{folder}: another run makes this prior; waiting for it")
+                told = True
+                time.sleep(2)
+        record = folder / "prior.json"
+        if rank == 0 and not record.exists():
+            with complete_or_absent(record) as temporary:
+                temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        if rank == 0 and json.loads(record.read_text(encoding="utf-8")) != facts:
+            raise BadInput(f"{record}: says that this prior was made for something else; delete {folder}")
+        yield
 
 
 def save_prior_clip(path, video, fps):

@@ -7,8 +7,7 @@
     torchrun --nproc_per_node 4 sample.py --prompts FILE --num_videos 8                # shared by 4 processes
 
 Writes outputs/NAME.mp4 and .gif, and beside them NAME.json with all it takes to make them again.
-Shapes: B clips, T frames, L text tokens, D text width; latents z (B, 4, T, h, w), 8 times smaller than
-pixels.
+Shapes: B clips, T frames, L text tokens, D text width; latents z (B, 4, T, h, w), 1/8 of the pixels' size.
 """
 import re
 import secrets
@@ -26,16 +25,17 @@ from files import default_base, find_subjects, load_base, load_subject, subject_
 from model import TRAIN_STEPS, Z_CHANNELS, Tokenizer
 from paper.baselines import Strength
 from texts import pick_prompts, without_placeholders
-from video import free_path, save_video, sheet, side_by_side, slug
+from video import check_formats, endings, free_path, save_video, sheet, side_by_side, slug
 
 
 def ddim_steps(schedule, steps, eta):
     """The table of a DDIM run, noisiest step first, a row per step: t; alpha_bar and scale at t; both at
     the next step's t; sigma. For 50 steps t = 981, 961, ... 1. Upstream lvdm/models/utils_diffusion.py.
     """
-    t = torch.arange(0, TRAIN_STEPS, TRAIN_STEPS // steps)[:steps] + 1
-    # Upstream quirk: after the last step comes level 0, not a clean latent; the normal form is alpha_bar =
-    # 1 there.
+    t = (torch.arange(0, TRAIN_STEPS, TRAIN_STEPS // steps)[:steps] + 1).clamp(max=TRAIN_STEPS - 1)
+    if TRAIN_STEPS % steps:  # upstream's spacing would start below the noisiest level
+        t = torch.linspace(1, TRAIN_STEPS - 1, steps, dtype=torch.float64).round().long()
+    # Upstream quirk: after the last step comes level 0, not a clean latent (alpha_bar = 1).
     t_next = torch.cat([torch.tensor([0]), t[:-1]])
     a, a_next = schedule.alpha_bar[t], schedule.alpha_bar[t_next]
     sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()        # Song et al. 2021, Eq. 16
@@ -89,10 +89,9 @@ def generate(base, prompts, seeds, subjects=(), settings=None, lambdas=None, neg
              strength=None):
     """B prompts and seeds -> videos (B, T, H, W, 3) uint8, of the base or with one or more Subjects in it.
 
-    settings: the base's SamplingDefaults, or `dataclasses.replace` of them. lambdas: one per step; left
-    out, the two-step schedule of the settings. strength: what sets lambda; left out, the subjects' updates
-    go into the UNet. Clip b depends on its own seed alone: its noise is drawn on the CPU, and is the same
-    everywhere.
+    settings: the base's SamplingDefaults, or `dataclasses.replace` of them. lambdas: one per step; left out,
+    the settings' two-step schedule. strength: what sets lambda; left out, the subjects' updates go into the
+    UNet. Clip b depends on its own seed alone: its noise is drawn on the CPU, and is the same everywhere.
     """
     settings = settings or base.config.sampling
     lambdas = lambdas or two_step_schedule(settings.lambda_s, settings.lambda_l, settings.K, settings.steps)
@@ -120,6 +119,8 @@ def main():
     process = this_process()
     config = load_config(args.base / "config.json")
     settings = with_flags(config.sampling, args)
+    if args.K is None:
+        settings.K = min(settings.K, settings.steps)
     check_sampling(config, settings)
     lambdas = two_step_schedule(settings.lambda_s, settings.lambda_l, settings.K, settings.steps)
     if args.lambdas:
@@ -137,6 +138,8 @@ def main():
 
     # List what to make, each with all that its pixels depend on. What is there already is left out.
     facts = {name: getattr(settings, name) for name in RANGES[SamplingDefaults]}
+    if args.lambdas:
+        facts |= {"lambda_s": None, "lambda_l": None, "K": None}
     facts |= {"lambdas": args.lambdas, "precision": precision, "compile": args.compile,
               "negative_prompt": args.negative_prompt, "base": config.name,
               "base_fingerprint": base.config.fingerprint, "subjects": []}
@@ -173,15 +176,14 @@ def list_jobs(args, prompts, seed, facts):
         number = f"{n:03d}-" if args.prompts else ""
         for k in range(args.num):
             job = {"prompt": prompt, "seed": seed + k, **facts, "compare": args.compare}
-            if path := free_path(args.out, f"{number}{slug(prompt)}-{seed + k}", job):
+            if path := free_path(args.out, f"{number}{slug(prompt)}-{seed + k}", job, endings(args)):
                 jobs.append((path, job))
     return jobs
 
 
 def make_batch(args, base, settings, batch, variants, bar):
     """Samples and writes the videos of one batch of jobs, in every variant -> the paths written."""
-    start, videos = time.time(), {}
-    shown = ()
+    start, videos, shown = time.time(), {}, ()
     if args.show_process:  # mostly early steps, where motion forms (paper, Fig. 3)
         shown = (0, 1, 2, settings.K - 1, settings.K, 2 * settings.K, settings.steps // 2, settings.steps - 1)
     for label, (subjects, lambdas) in variants.items():
@@ -215,8 +217,8 @@ def compare_variants(settings, lambdas, subjects):
     """Label -> (subjects, lambdas) of the three videos that --compare sets side by side."""
     if not subjects:
         raise BadInput("--compare: needs a subject")
-    lambda_l, steps = settings.lambda_l, settings.steps
-    return {"base": ([], lambdas), f"constant {lambda_l:g}": (subjects, [lambda_l] * steps),
+    last = lambdas[-1]  # what the schedule ends at: lambda_l, or the end of --lambdas
+    return {"base": ([], lambdas), f"constant {last:g}": (subjects, [last] * settings.steps),
             "schedule": (subjects, lambdas)}
 
 
@@ -243,15 +245,13 @@ def parse_args():
                    epilog="Flags left out take the base's own defaults, from its config.json.")
     p.add_argument("--base", type=Path, default=default_base(), help="base folder (default: %(default)s)")
     p.add_argument("--subject", action="append", default=[],
-                   help="subject.safetensors, or none; more than once for several subjects; left out: the "
-                        "newest under runs/, else the committed one")
+                   help="subject.safetensors, its run, or none; repeat for several; default: the newest")
     p.add_argument("--prompt", default="", help="what to show; V* stands for the subject")
     p.add_argument("--prompts", type=Path, help="text file with a prompt or a # comment on each line")
     p.add_argument("--negative_prompt", default="", help="what to steer away from")
     add_flags(p, SamplingDefaults)
     p.add_argument("--lambdas", default="",
-                   help='any schedule in place of these three: "0.4*5,0.4>0.8*10,0.8*35" is 0.4 for 5 steps, '
-                        'a ramp of 10, 0.8 for 35')
+                   help='in place of these three: "0.4*5,0.4>0.8*10,0.8*35"; a>b*n is a ramp of n steps')
     p.add_argument("--seed", type=int, help="of a prompt's first video; others count up (default: random)")
     p.add_argument("--num", "--num_videos", dest="num", type=int, default=1,
                    help="videos of each prompt; under torchrun write --num_videos (default: %(default)s)")
@@ -263,12 +263,12 @@ def parse_args():
     p.add_argument("--format", nargs="+", choices=["mp4", "gif", "png"], default=["mp4", "gif"],
                    help="kinds of files to write; png: one picture with all frames (default: mp4 gif)")
     add_speed_flags(p, ["float32", "bfloat16", "float16"])
-    p.add_argument("--out", type=Path, default=Path("outputs"),
-                   help="folder for the videos (default: %(default)s)")
+    p.add_argument("--out", type=Path, default=Path("outputs"), help="folder to write to (default: outputs)")
     args = p.parse_args()
     own = {"seed": (0, 2**62), "num": (1, 100_000), "batch_size": (1, 1024)}
     check_flags(args, RANGES[SamplingDefaults] | own)
     check_out(args.out)
+    check_formats(args.format)
     if args.prompt and args.prompts:
         raise BadInput("--prompts: stands in place of --prompt; give one of the two")
     if args.lambdas and not (args.lambda_s is args.lambda_l is args.K is None):

@@ -4,6 +4,7 @@ Nothing to run here. A reader of the method may skip this page.
 """
 import re
 import sys
+from pathlib import Path
 
 from cli import BadInput
 from model import TEXT_LENGTH, Tokenizer
@@ -11,9 +12,9 @@ from model import TEXT_LENGTH, Tokenizer
 
 def check_placeholder(placeholder, flag="--placeholder"):
     one_word = re.fullmatch(r"\S{1,32}", placeholder) and placeholder.isprintable()
-    if not one_word or not re.search(r"\W", placeholder):
+    if not one_word or not re.search(r"\W", placeholder) or placeholder.startswith("#"):
         raise BadInput(f"{flag} {placeholder!r}: should be one word, without spaces, that holds a sign which "
-                       f"ordinary words do not, such as V* or <new1>")
+                       f"ordinary words do not and does not begin with #, such as V* or <new1>")
 
 
 def default_prompt(settings, subjects):
@@ -22,14 +23,24 @@ def default_prompt(settings, subjects):
 
 
 def without_placeholders(prompt, placeholders):
-    """What the base is asked in place of the subjects: "a V* dog" -> "a dog"."""
-    for word in placeholders:
-        prompt = prompt.replace(f"{word} ", "")
-    return prompt
+    """What the base and CLIP read in place of the subjects: "a V* dog" and "a V*-like dog" -> "a dog".
+
+    The placeholders are found as the text tower finds them, by Tokenizer.
+    """
+    words = Tokenizer.cutter(placeholders).pattern
+    prompt = re.sub(rf"(?:\b(?:called|named)\s+)?(?:{words})(?:['’]s\b|-\w+)?", " ", prompt)
+    return re.sub(r"\s+([,.;:!?])", r"\1", " ".join(prompt.split()))
+
+
+def made_up_words(prompt):
+    """The words that look like placeholders, V* or <new1>, for the base alone, which knows no subject."""
+    return re.findall(r"(?<!\w)(?:<[\w-]+>|[A-Za-z]\w*\*)(?!\w)", prompt)
 
 
 def read_text(path, limit=10**6):
     """A text file, with BOM or without. Raises ValueError (over `limit` bytes, not UTF-8 text) or OSError."""
+    if path.exists() and not path.is_file():  # a pipe or a device could be read for ever
+        raise ValueError("it is not a regular file")
     with open(path, "rb") as f:
         content = f.read(limit + 1)
     if len(content) > limit:
@@ -50,6 +61,28 @@ def read_caption(path):
                        f"write the picture's caption there or delete it") from None
 
 
+def subject_caption(picture, placeholder, class_word):
+    """The caption beside a photo, with the placeholder in it where one is given. Raises BadInput."""
+    path = picture.with_suffix(".txt")
+    near = (picture.with_suffix(".caption"), picture.with_suffix(".TXT"), Path(f"{picture}.txt"))
+    path = next((found for found in (path, *near) if found.exists()), path)
+    caption = read_caption(path)
+    if not caption or not placeholder:
+        return caption
+    tokenizer = Tokenizer([placeholder])
+    if not tokenizer.cut.search(caption):
+        named = re.search(rf"(?<!\w){re.escape(class_word)}(?!\w)", caption, re.IGNORECASE)
+        if not named:
+            raise BadInput(f"{path}: holds neither {placeholder} nor {class_word}; write {placeholder} where "
+                           f"the caption names the subject")
+        caption = f"{caption[:named.start()]}{placeholder} {caption[named.start():]}"
+        print(f"warning: {path}: lacks {placeholder}; read as {caption!r}", file=sys.stderr)
+    if tokenizer.ids[placeholder] not in tokenizer.encode(caption)[:TEXT_LENGTH - 2]:
+        raise BadInput(f"{path}: {placeholder} comes after the {TEXT_LENGTH - 2} tokens that are read; "
+                       f"put it earlier")
+    return caption
+
+
 def read_prompts(path):
     """--prompts: a text file with a prompt or a # comment per line -> list of prompts. Raises BadInput."""
     try:
@@ -59,6 +92,10 @@ def read_prompts(path):
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise BadInput(f"--prompts {path}: holds no prompt; write one on each line")
+    for prompt in prompts:
+        if re.search(r"\s--[a-z]+\s+\S", prompt):
+            print(f"warning: --prompts {path}: {prompt!r} holds flags, which are read as words here; "
+                  f"give them on the command line", file=sys.stderr)
     return prompts
 
 
@@ -77,7 +114,8 @@ def pick_prompts(args, settings, subjects):
     else:
         raise BadInput("--prompt: is needed where there is no subject")
     if not subjects:  # the base alone, asked what a subject's prompts ask
-        prompts = [without_placeholders(prompt, ["V*"]) for prompt in prompts]
+        prompts = [without_placeholders(prompt, made_up_words(prompt)) for prompt in prompts]
+    check_prompts([args.negative_prompt], [], "--negative_prompt")
     check_prompts(prompts, placeholders, f"--prompts {args.prompts}" if args.prompts else "--prompt")
     return prompts
 

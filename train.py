@@ -30,8 +30,8 @@ from files import default_base, load_base, pick_checkpointing, pick_images
 from lora import LiveLoRA, Subject
 from model import Tokenizer
 from paper.baselines import METHODS, add_method_flags, fill_published
-from runs import (UNFINISHED, Log, load_training, newest_save, pick_run, prior_folder, run_settings,
-                  save_fingerprint, save_preview, save_prior_clip, save_training)
+from runs import (UNFINISHED, Log, load_training, newest_save, pick_run, prior_folder, prior_writer,
+                  run_settings, save_fingerprint, save_preview, save_prior_clip, save_training)
 from sample import generate
 from texts import check_placeholder, default_prompt
 
@@ -85,12 +85,12 @@ def main():
     # Load the base and the photos. Make or read the class prior, and encode it once.
     precision = pick_precision(args.precision, process.device, training=True)
     base = load_base(args.base, process.device, getattr(torch, precision))
-    photos = load_photos(images, max(sampling.height, sampling.width))
+    photos = load_photos(images, max(sampling.height, sampling.width), args.placeholder, class_word)
     subject_words = f"{args.placeholder} {class_word}"
     if process.rank == 0:
         print(f"base {args.base} ({config.name}), subject {images}: {len(photos)} photos of {subject_words}")
     use_prior = settings.alpha > 0
-    prior = encode_prior(args, class_word, settings.num_prior, sampling, base, process) if use_prior else None
+    prior = encode_prior(args, out, class_word, settings, sampling, base, process) if use_prior else None
 
     # Create what is trained: V*, started from the class word, and the updates of the spatial attention.
     method = METHODS[args.method]
@@ -186,13 +186,13 @@ def mean_over_processes(losses, stop, world):
 # The class prior
 
 
-def encode_prior(args, class_word, count, sampling, base, process):
+def encode_prior(args, out, class_word, settings, sampling, base, process):
     """The class prior -> latents (n, 4, T, h, w), T = 1 if all are still, and contexts (n, L, D)."""
-    class_caption, folder = f"a {class_word}", args.prior
+    class_caption, folder, count = f"a {class_word}", args.prior, settings.num_prior
     if folder is None:
         sampling_prior = replace(sampling, frames=sampling.frames if args.prior_motion else 1)
-        folder = prior_folder(base.config, sampling_prior, args.prior_motion, class_word)
-        generate_prior(folder, class_caption, count, sampling_prior, base, process)
+        folder, facts = prior_folder(out, base, sampling_prior, class_word)
+        generate_prior(folder, facts, class_caption, count, sampling_prior, base, process)
     videos, contexts, tokenizer = [], {}, Tokenizer()
     prior = load_prior(folder, count, sampling.frames, sampling.height, sampling.width)
     captions = [caption or class_caption for _, caption in prior]
@@ -206,18 +206,19 @@ def encode_prior(args, class_word, count, sampling, base, process):
     return z, torch.stack([contexts[caption] for caption in captions])
 
 
-def generate_prior(folder, caption, count, sampling, base, process):
-    """Fills `folder` with `count` pictures, or clips of several frames, that the base makes. Those there
-    stay.
+def generate_prior(folder, facts, caption, count, sampling, base, process):
+    """Fills `folder` with `count` pictures or clips that the base makes. Those there stay.
 
     The paper takes 200 pictures from LAION-400M; a folder of such pictures goes to --prior.
     """
     ending = "mp4" if sampling.frames > 1 else "png"
     path = lambda k: folder / f"{k:04d}.{ending}"
-    numbers = [k for k in range(process.rank, count, process.world) if not path(k).exists()]
     size = max(1, 8 // sampling.frames)
-    batches = [numbers[i:i + size] for i in range(0, len(numbers), size)]
-    with only_writer(folder, process.rank):
+    with prior_writer(folder, facts, process.rank):
+        if process.world > 1:
+            dist.barrier()
+        numbers = [k for k in range(process.rank, count, process.world) if not path(k).exists()]
+        batches = [numbers[i:i + size] for i in range(0, len(numbers), size)]
         for batch in tqdm(batches, desc="prior", unit="batch", disable=process.rank > 0):
             videos = generate(base, [caption] * len(batch), batch, settings=sampling).numpy()
             for k, video in zip(batch, videos):
@@ -228,7 +229,6 @@ def generate_prior(folder, caption, count, sampling, base, process):
 
 def preview(base, sampling, subject, strength):
     """The default prompt with the same two seeds each time -> videos (2, T, H, W, 3), label.
-
     Too many steps freeze the motion. Here a person sees it come, and can take an earlier save.
     """
     prompt = default_prompt(sampling, [subject])

@@ -4,18 +4,52 @@ Nothing to run here, and nothing of the paper. Videos are (T, H, W, 3) uint8.
 """
 import json
 import re
+import unicodedata
 from itertools import islice
 
 import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageDraw
 
 from cli import BadInput, complete_or_absent, one_line
 
 
+# What ffmpeg makes of RGB: BT.601's matrix, sRGB's curve. Untagged, players guess another at HD sizes.
+COLOURS = ["-colorspace", "smpte170m", "-color_primaries", "bt709", "-color_trc", "iec61966-2-1",
+           "-color_range", "tv"]
+
+
 def write_mp4(path, video, fps, quality):
     """Video -> H.264. macro_block_size 1 keeps the size, which imageio else rounds up to 16 in silence."""
-    iio.imwrite(path, video, plugin="FFMPEG", fps=fps, codec="libx264", quality=quality, macro_block_size=1)
+    iio.imwrite(path, video, plugin="FFMPEG", fps=fps, codec="libx264", quality=quality, macro_block_size=1,
+                output_params=COLOURS)
+    if path.stat().st_size == 0 or len(read_video(path)) != len(video):  # imageio hides ffmpeg's failure
+        raise BadInput(f"{path}: ffmpeg did not write all {len(video)} frames; is the disk full?")
+
+
+def write_gif(path, video, fps):
+    """Video -> GIF that keeps every frame, at the nearest delay that players honour: 1/50 s or longer."""
+    delay = 10 * max(2, round(100 / fps))  # GIF counts in 1/100 s, and players show shorter ones at 1/10 s
+    frames = [Image.fromarray(frame).quantize(255) for frame in video]
+    for before, frame in zip(frames, frames[1:]):  # Pillow merges equals: nudge one pixel
+        if before.convert("RGB").tobytes() == frame.convert("RGB").tobytes():
+            red, green, blue = frame.convert("RGB").getpixel((0, 0))
+            palette = frame.getpalette()
+            frame.putpalette((palette + [0] * 768)[:765] + [red, green, blue ^ 1])
+            frame.putpixel((0, 0), 255)
+    frames[0].save(path, format="gif", save_all=True, append_images=frames[1:], duration=delay, loop=0)
+
+
+def check_formats(formats):
+    """There is an ffmpeg if mp4 is asked. Raises BadInput."""
+    if "mp4" not in formats:
+        return
+    try:
+        imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise BadInput(f"--format mp4: needs ffmpeg ({one_line(error)}); pip install imageio[ffmpeg], "
+                       f"or pass --format gif") from None
 
 
 def read_video(path):
@@ -45,14 +79,24 @@ def slug(text):
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "x"
 
 
-def free_path(folder, stem, facts):
-    """FOLDER/STEM, or STEM-2 ..., for a video that is made as `facts` says; None if that video is there."""
+def endings(args):
+    """What sample.py writes of each video, as its flags ask."""
+    pictures = ["-frames.png"] * args.compare + ["-process.png"] * args.show_process
+    return [f".{ending}" for ending in args.format] + pictures
+
+
+def free_path(folder, stem, facts, endings):
+    """FOLDER/STEM, or STEM-2 ..., for a video that is made as `facts` says; None if all its files are there.
+
+    Files of that name without a JSON are someone else's, or a killed run's, and stay.
+    """
     for path in [folder / stem, *(folder / f"{stem}-{i}" for i in range(2, 10_000))]:
         found = read_json(path.with_name(f"{path.name}.json"))
-        if found is None:
+        present = [path.with_name(f"{path.name}{ending}").exists() for ending in endings]
+        if found is None and not any(present):
             return path
-        if {key: found.get(key) for key in facts} == facts:
-            return None
+        if found and {key: found.get(key) for key in facts} == facts:
+            return None if all(present) else path
 
 
 def read_json(path):
@@ -78,12 +122,12 @@ def save_video(path, video, formats, fps, facts, pictures):
         written.append(path.with_name(f"{path.name}{ending}"))
         return complete_or_absent(written[-1])
 
-    for ending in formats:
+    for ending in sorted(formats):  # the gif first: it stays if ffmpeg fails
         with file(f".{ending}") as temporary:
             if ending == "mp4":
                 write_mp4(temporary, video, fps, quality=8)
             elif ending == "gif":
-                iio.imwrite(temporary, video, plugin="pillow", duration=1000 / fps, loop=0)
+                write_gif(temporary, video, fps)
             else:
                 Image.fromarray(np.concatenate(list(video), axis=1)).save(temporary)
     for name, picture in pictures.items():
@@ -105,11 +149,16 @@ def enlarged(frame):
     return image.resize((factor * image.width, factor * image.height), Image.BICUBIC)
 
 
+def ascii_letters(text):
+    """Accents are taken off; letters that the built-in font does not have are left out."""
+    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+
+
 def labelled(images, label):
     """A row of images of one size with a label over it."""
     width, height = images[0].size
     row = Image.new("RGB", (len(images) * width, height + 14), "white")
-    ImageDraw.Draw(row).text((3, 1), label, fill="black")
+    ImageDraw.Draw(row).text((3, 1), ascii_letters(label), fill="black")
     for i, image in enumerate(images):
         row.paste(image, (i * width, 14))
     return row
