@@ -6,8 +6,7 @@ Shapes: B clips, T frames, C channels, H height, W width, L text tokens (77), D 
 Videos are (B, C, T, H, W). Inside the UNet the frames join the batch, (B*T, C, H, W). Layers that look along
 time take them apart again. Pixels are in [-1, 1]. Latents are the VAE's times `latent_factor`.
 
-"Upstream" is the public VideoCrafter2 code (AILab-CVC/VideoCrafter). Networks name the upstream file they
-equal.
+"Upstream" is the public VideoCrafter2 code (AILab-CVC/VideoCrafter). Networks name the file they equal.
 """
 import math
 import re
@@ -63,8 +62,7 @@ class Attention(nn.Module):
         N/M neighbouring rows of x read the same row of context. So the T frames of a clip share the clip's
         text, and the text's keys and values are computed once per clip.
         """
-        N, S, C = x.shape
-        M = context.shape[0]
+        (N, S, C), M = x.shape, context.shape[0]
         head = C // self.heads
         q = self.to_q(x).view(M, -1, self.heads, head).transpose(1, 2)              # (M, heads, N/M*S, head)
         k = self.to_k(context).view(M, -1, self.heads, head).transpose(1, 2)        # (M, heads, L, head)
@@ -157,8 +155,7 @@ class TemporalConv(nn.Module):
     def __init__(self, channels, groups):
         super().__init__()
         self.norms = nn.ModuleList(nn.GroupNorm(groups, channels) for _ in range(4))
-        conv = lambda: nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0))
-        self.convs = nn.ModuleList(conv() for _ in range(4))
+        self.convs = nn.ModuleList(nn.Conv3d(channels, channels, (3, 1, 1)) for _ in range(4))
         self.dropout = nn.Dropout(0.1)
         zeroed(self.convs[-1])
 
@@ -233,8 +230,7 @@ class UNet(nn.Module):
 
     def __init__(self, cfg: UNetConfig):
         super().__init__()
-        self.cfg = cfg
-        self.grad_checkpointing = False
+        self.cfg, self.grad_checkpointing = cfg, False
         c, emb_dim = cfg.channels, 4 * cfg.channels
         self.time_embed = nn.Sequential(nn.Linear(c, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.fps_embed = nn.Sequential(nn.Linear(c, emb_dim), nn.SiLU(), zeroed(nn.Linear(emb_dim, emb_dim)))
