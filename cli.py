@@ -3,13 +3,13 @@
 Nothing to run here, and nothing of the paper. A reader of the method may skip this page.
 """
 import argparse
-import fcntl
 import json
 import os
 import re
 import shutil
 import signal
 import sys
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).parent
 
@@ -26,29 +27,79 @@ class BadInput(Exception):
 
 
 def run_script(main):
-    """Runs `main()`. BadInput or a fault of the disk becomes one line on stderr, exit code 2; Ctrl-C, 130."""
-    sys.stdout.reconfigure(line_buffering=True)
+    """Runs `main()`, and turns every end of it into one line on stderr at most.
+
+    Exit codes: 2 for BadInput, the disk and too little memory; 130 for Ctrl-C; 1 for what nobody foresaw.
+    --traceback shows where that happened.
+    """
+    show_traceback = "--traceback" in sys.argv[1:]
+    sys.argv[1:] = [flag for flag in sys.argv[1:] if flag != "--traceback"]
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         main()
-    except (BadInput, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+        end_with("stopped", 130)
+    except Exception as error:  # the one place for all that nobody foresaw
+        if show_traceback:
+            traceback.print_exc()
+        line = one_line(error)
+        if isinstance(error, (BadInput, OSError)):
+            end_with(f"error: {line}", 2)
+        if out_of_memory(error):
+            end_with(f"error: out of memory ({line}); fewer --frames, a smaller --height and --width, "
+                     f"--batch_size 1 or --grad_checkpointing need less", 2)
+        end_with(f"unexpected: {type(error).__name__}: {line}; please report, --traceback shows it", 1)
+
+
+def end_with(line, code):
+    try:
+        print(line, file=sys.stderr)
+    except (OSError, ValueError):  # stderr is closed, or its disk is full: the exit code says it
+        pass
+    sys.exit(code)
+
+
+def out_of_memory(error):
+    """Whether the device or the CPU had too little memory. PyTorch's CPU says so in its text alone."""
+    too_little = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in too_little))
 
 
 def one_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """An error's first line, printable."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return printable(lines[0])
+
+
+def printable(text):
+    """Text from a file as one line that a terminal shows and does not obey: "\\x1b" for an escape code."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
+                   for c in str(text))
 
 
 class FlagParser(argparse.ArgumentParser):
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's. No flag that names something may be empty: its shell variable is unset."""
+        args = sys.argv[1:] if args is None else list(args)
+        takes_path = ("--base", "--images", "--out", "--prior", "--resume", "--subject", "--class_word")
+        for flag, value in zip(args, [*args[1:], None]):
+            name, equals, given = flag.partition("=")
+            if equals:
+                value = given
+            if name in takes_path and value is not None and not value.strip():
+                raise BadInput(f"{name}: is empty; name something, or leave {name} out")
+        return super().parse_args(args, namespace)
+
     def error(self, message):
         raise BadInput(f"{message}; --help lists all flags")
 
 
 def check_out(out):
     """--out is, or can become, a folder to write into. Raises BadInput."""
+    if out.is_symlink() and not out.exists():
+        raise BadInput(f"--out {out}: is a link to nothing; name a folder")
     nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not nearest.is_dir():
         raise BadInput(f"--out {out}: {nearest} is a file; name a folder")
@@ -231,6 +282,9 @@ def complete_or_absent(path):
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    if os.path.lexists(temporary):
+        raise BadInput(f"{temporary}: is in the way; move it elsewhere")
+    note_unfinished(temporary)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -240,31 +294,65 @@ def complete_or_absent(path):
             raise BadInput(f"{path}: not written, the disk is full; {advice}") from None
         raise
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
+
+
+def remove(path):
+    """A file, a folder or a link that this program made, or nothing. What a link points to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+LOCK, RECORD = ".writer.lock", ".writer.unfinished"     # in a folder while a run writes there
+
+
+def note_unfinished(temporary):
+    """Writes a temporary path into the record of the writer of its folder, or of the folder above."""
+    for folder in temporary.absolute().parents[:2]:
+        if (folder / RECORD).is_file():
+            with open(folder / RECORD, "a", encoding="utf-8") as record:
+                record.write(json.dumps(str(temporary.absolute().relative_to(folder))) + "\n")
+            return
+
+
+def remove_unfinished(folder):
+    """Removes exactly what the record of a killed run names. A name that leads elsewhere is passed over."""
+    record = folder / RECORD
+    if not record.is_file():
+        return
+    for line in record.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            path = folder / json.loads(line)
+        except (ValueError, TypeError):  # killed while it was written
+            continue
+        inside = path.parent.resolve() in (folder.resolve(), folder.resolve() / path.parent.name)
+        if inside and path.name.startswith(".tmp-"):
+            remove(path)
 
 
 @contextmanager
-def only_writer(folder, rank=0, unfinished=(".tmp-*",)):
+def only_writer(folder, rank=0):
     """Holds `folder` for this run until the block ends, and removes what a killed run left unfinished there.
 
-    Of a run's processes only rank 0 does so. Raises BadInput if another run writes there.
+    Of a run's processes only rank 0 does so. What is unfinished is known by the writer's record, not by its
+    name. Raises BadInput if another run writes there.
     """
     if rank > 0:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    lock = FileLock(folder / LOCK, timeout=0)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadInput(f"{folder}: another run is writing there; wait for it, "
-                           f"or name another folder") from None
-        for pattern in unfinished:
-            for path in folder.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        lock.acquire()
+    except Timeout:
+        raise BadInput(f"{folder}: another run is writing there; wait for it, "
+                       f"or name another folder") from None
+    try:
+        remove_unfinished(folder)
+        (folder / RECORD).write_text("")
         yield
     finally:
-        os.close(handle)
+        (folder / RECORD).unlink(missing_ok=True)
+        lock.release()

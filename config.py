@@ -7,10 +7,11 @@ defaults here.
 import argparse
 import difflib
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
-from cli import BadInput, one_line
+from cli import BadInput, one_line, printable
 from model import TRAIN_STEPS, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 
 
@@ -106,6 +107,8 @@ RANGES = {
 def load_config(path):
     """config.json -> BaseConfig. Raises BadInput that names the entry whose name, type or range is wrong."""
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise BadInput(f"{path}: is not a regular file; --base takes a folder made by convert_ckpt.py")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -155,6 +158,15 @@ def read_value(default, value, where):
 
 
 def check_range(cls, name, value, where):
+    """A number lies in its range; a list is short; a text is one printable line, and leads nowhere."""
+    if isinstance(value, str) and (len(value) > 500 or not value.isprintable()):
+        raise BadInput(f"{where} is {printable(value)[:60]}; it should be one printable line")
+    if cls is BaseConfig and name == "name" and not re.fullmatch(r"\w[\w .+-]{0,63}", value):
+        raise BadInput(f"{where} is {value!r}; it should be letters, digits, spaces and .+-_, at most 64")
+    if name == "images" and (PureWindowsPath(value).anchor or ".." in re.split(r"[/\\]", value)):
+        raise BadInput(f"{where} is {value!r}; it should be a folder inside the repository")
+    if name in ("channel_mult", "attention_resolutions") and not 1 <= len(value) <= 8:
+        raise BadInput(f"{where} has {len(value)} entries; it should have from 1 to 8")
     if name not in RANGES[cls]:
         return
     low, high = RANGES[cls][name][:2]

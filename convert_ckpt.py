@@ -11,8 +11,8 @@ import math
 import os
 import pickle
 import re
-import shutil
 import zipfile
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +20,10 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from cli import ROOT, BadInput, FlagParser, one_line, only_writer, run_script
-from config import BaseConfig
-from files import PARTS, build_part, check_tensors, fingerprint, from_hub, save_base_config
+from cli import ROOT, BadInput, FlagParser, check_out, complete_or_absent, one_line, only_writer, run_script
+from config import BaseConfig, save_config
+from files import (PARTS, base_files, build_part, check_replaced, check_tensors, file_crc32, fingerprint,
+                   from_hub)
 
 # Official name -> PART/name of ours. All rules are applied, in this order.
 RENAME = [
@@ -89,25 +90,26 @@ def main():
 
 def convert(path, out, config, dtype):
     """Checkpoint file -> base folder `out`, which is complete or untouched. Raises BadInput."""
-    if out.exists() and not (out / "config.json").exists():
-        raise BadInput(f"--out {out}: exists and is not a base folder; name another")
+    check_out(out)
+    targets = base_files(out)
+    if Path(path).resolve() in [target.resolve() for target in targets]:
+        raise BadInput(f"--out {out}: {path} would be written over; name another folder")
     plan = match_names(path, read_shapes(path), config)
-    unfinished, old = out.with_name(f".{out.name}-unfinished"), out.with_name(f".{out.name}-old")
-    with only_writer(unfinished, unfinished=("*",)):
-        if old.exists():  # killed between the two renamings below
-            shutil.rmtree(old) if out.exists() else os.rename(old, out)
-        try:
+    made = not out.exists()
+    try:
+        with only_writer(out), ExitStack() as files:
+            check_replaced(out)
+            # Replaced in reverse order, so config.json last: its checksums refuse a mixture of old and new.
+            config_path, *part_paths = [files.enter_context(complete_or_absent(target)) for target in targets]
             states = {}
-            for part, names in plan.items():
+            for part_path, (part, names) in zip(part_paths, plan.items()):
                 part_dtype = dtype if part == "unet" else torch.float32
-                states[part] = write_part(path, unfinished / f"{part}.safetensors", names, part_dtype)
-            save_base_config(replace(config, fingerprint=fingerprint(states)), unfinished)
-            if out.exists():
-                os.rename(out, old)
-            os.rename(unfinished, out)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+                states[part] = write_part(path, part_path, names, part_dtype)
+            crc32 = tuple(file_crc32(part_path) for part_path in part_paths)
+            save_config(replace(config, fingerprint=fingerprint(states), crc32=crc32), config_path)
+    finally:
+        if made and out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
 
 
 def match_names(path, shapes, config):

@@ -23,7 +23,7 @@ from PIL import Image, ImageCms, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from cli import ROOT, BadInput, complete_or_absent, device_memory, one_line
+from cli import LOCK, RECORD, ROOT, BadInput, complete_or_absent, device_memory, one_line
 from config import RANGES, BaseConfig, TrainingDefaults, load_config, save_config
 from lora import Subject
 from model import VAE, NoiseSchedule, TextEncoder, UNet
@@ -155,6 +155,24 @@ def check_values(path, tensors, dtypes=(torch.float32, torch.bfloat16, torch.flo
         if not tensor.isfinite().all():
             raise BadInput(f"{path}: {name} holds values that are not finite; the file is damaged, "
                            f"copy or make it again")
+
+
+def base_files(folder):
+    """The files of a base folder, config.json first."""
+    return [folder / "config.json", *(folder / f"{part}.safetensors" for part in PARTS)]
+
+
+def check_replaced(out):
+    """What a base will be written over in `out` is a base of this project, or nothing. Raises BadInput."""
+    found = {file.name for file in out.iterdir()} - {LOCK, RECORD}
+    refusal = BadInput(f"--out {out}: exists and is not a base folder; name another")
+    if "config.json" in found:
+        try:
+            load_config(out / "config.json")
+        except BadInput:
+            raise refusal from None
+    elif not found <= {file.name for file in base_files(out)}:
+        raise refusal
 
 
 def save_base_config(config: BaseConfig, folder):

@@ -1,14 +1,17 @@
 """A training on disk: the folder it writes into, its saves and how to go on from one, its log, its previews.
 
-OUT/step-N/ is a save: subject.safetensors, and state.pt with what AdamW remembers. OUT/subject.safetensors
-is a copy of the newest. OUT/log.jsonl has a line per step; OUT/preview.png a row per preview.
+OUT/step-N/ is a save: subject.safetensors, state.pt with what AdamW remembers, and checksums.json over
+both. OUT/subject.safetensors is a copy of the newest. OUT/log.jsonl has a line per step; OUT/preview.png a
+row per preview.
 
 Nothing to run here, and nothing of the paper. A reader of the method may skip this page.
 """
 import hashlib
 import json
 import os
+import re
 import shutil
+import sys
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,12 +22,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from cli import BadInput, complete_or_absent, one_line, only_writer, peak_memory
-from files import file_crc32, save_subject, subject_tensors
+from cli import BadInput, complete_or_absent, note_unfinished, one_line, only_writer, peak_memory
+from files import check_tensors, check_values, file_crc32, save_subject, subject_tensors
 from video import labelled, slug, write_mp4
 
 
-UNFINISHED = (".tmp-*", "previews/.tmp-*")      # what a killed training may leave in its folder
+SAVE_FILES = {"subject.safetensors", "state.pt"}        # and CHECKSUMS, which former versions did not write
+CHECKSUMS = "checksums.json"
 
 
 def pick_run(out, resume, default):
@@ -35,10 +39,10 @@ def pick_run(out, resume, default):
     """
     if resume:
         return pick_resumed_run(out, resume, default)
-    if out and newest_save(out):
+    if out and holds_run(out):
         raise BadInput(f"--out {out}: holds a run; --resume {out} goes on with it, another --out starts anew")
     names = [default, *(default.with_name(f"{default.name}-{n}") for n in range(2, 10_000))]
-    return out or next(name for name in names if not newest_save(name)), None
+    return out or next(name for name in names if not holds_run(name)), None
 
 
 def pick_resumed_run(out, resume, default):
@@ -61,8 +65,38 @@ def pick_resumed_run(out, resume, default):
     return run, save
 
 
+def saves(out):
+    """The saves in a run's folder, oldest first: folders of exactly the name and content that we give one."""
+    found = {}
+    for path in out.glob("step-*"):
+        name = re.fullmatch("step-([0-9]{6,18})", path.name)
+        if not name or path.is_symlink() or not path.is_dir():
+            continue
+        if SAVE_FILES <= {file.name for file in path.iterdir()} <= SAVE_FILES | {CHECKSUMS}:
+            found[path] = int(name[1])
+    return sorted(found, key=found.get)
+
+
 def newest_save(out):
-    return max(out.glob("step-[0-9]*"), default=None)
+    found = saves(out)
+    return found[-1] if found else None
+
+
+def holds_run(out):
+    return bool(newest_save(out)) or os.path.lexists(out / "subject.safetensors")
+
+
+@contextmanager
+def run_writer(out, last_save, rank):
+    """Holds a run's folder. Raises BadInput if another run has written there since `last_save` was chosen."""
+    with only_writer(out, rank):
+        going_on = last_save is not None and last_save.parent.resolve() == out.resolve()
+        newest = newest_save(out) if rank == 0 else None
+        if rank == 0 and not going_on and holds_run(out):
+            raise BadInput(f"--out {out}: another run has ended there meanwhile; name another folder")
+        if rank == 0 and going_on and newest.name != last_save.name:
+            raise BadInput(f"--resume {last_save}: {newest} is newer meanwhile; start the command again")
+        yield
 
 
 def save_fingerprint(save):
@@ -136,20 +170,24 @@ def save_training(out, subject, optimizer, keep_last):
         save_subject(folder / "subject.safetensors", subject)
         state = {"step": subject.steps, "settings": subject.settings, "optimizer": optimizer.state_dict()}
         torch.save(state, folder / "state.pt")
-    with complete_or_absent(out / "subject.safetensors") as temporary:
+        checksums = {name: file_crc32(folder / name) for name in sorted(SAVE_FILES)}
+        (folder / CHECKSUMS).write_text(json.dumps(checksums))
+    publish(save)
+    for old in saves(out)[:-keep_last]:
+        removed = old.with_name(f".tmp-{os.getpid()}-{old.name}")
+        note_unfinished(removed)
+        shutil.rmtree(old.rename(removed))
+
+
+def publish(save):
+    """The subject of the newest save becomes the run's."""
+    with complete_or_absent(save.parent / "subject.safetensors") as temporary:
         shutil.copyfile(save / "subject.safetensors", temporary)
-    for old in sorted(out.glob("step-[0-9]*"))[:-keep_last]:
-        shutil.rmtree(old.rename(old.with_name(f".tmp-{os.getpid()}-{old.name}")))
 
 
 def load_training(save, subject, optimizer, steps):
     """Puts a save into `subject` and `optimizer` -> its step. Raises BadInput if it is another run's."""
-    try:
-        state = torch.load(save / "state.pt", map_location="cpu", weights_only=True)
-        tensors = load_file(save / "subject.safetensors")
-    except Exception as error:  # pickle, zip, safetensors and the disk each raise their own
-        raise BadInput(f"--resume {save}: not a readable save ({one_line(error)}); "
-                       f"an older step-* folder may be") from None
+    state, tensors = read_save(save)
     flags = {"clips_a_step": "batch_size times --grad_accum times processes", "photos": "images"}
     for name, value in subject.settings.items():
         before = state["settings"].get(name)
@@ -157,16 +195,77 @@ def load_training(save, subject, optimizer, steps):
             raise BadInput(f"--{flags.get(name, name)}: is {value}, and was {before} in the run that {save} "
                            f"is from")
     if state["step"] >= steps:
+        if save == newest_save(save.parent):  # the run may have been killed before its subject was copied
+            publish(save)
         raise BadInput(f"--steps {steps}: {save} has done {state['step']} already; ask for more to go on")
+    parameters = subject_tensors(subject)
+    check_tensors(save / "subject.safetensors", tensors, parameters)
+    check_values(save / "subject.safetensors", tensors, [torch.float32])
+    check_optimizer(save / "state.pt", state["optimizer"], optimizer)
     with torch.no_grad():
-        for name, parameter in subject_tensors(subject).items():
+        for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]
 
 
+def read_save(save):
+    """-> (state, name -> tensor) of a save whose checksums are right. Raises BadInput."""
+    try:
+        if (save / CHECKSUMS).exists():
+            for name, crc32 in json.loads((save / CHECKSUMS).read_text()).items():
+                if name not in SAVE_FILES or file_crc32(save / name) != crc32:
+                    raise ValueError(f"{name} is not what was saved")
+        else:
+            print(f"warning: {save}: is from a former version and has no checksums; taken as it is",
+                  file=sys.stderr)
+        state = torch.load(save / "state.pt", map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not state.keys() >= {"step", "settings", "optimizer"}:
+            raise ValueError("state.pt has no step, settings and optimizer")
+        if type(state["step"]) is not int or state["step"] < 1 or not isinstance(state["settings"], dict):
+            raise ValueError("state.pt has no valid step and settings")
+        return state, load_file(save / "subject.safetensors")
+    except Exception as error:  # pickle, zip, safetensors and the disk each raise their own
+        raise BadInput(f"--resume {save}: not a readable save ({one_line(error)}); "
+                       f"an older step-* folder may be") from None
+
+
+def check_optimizer(path, found, optimizer):
+    """An AdamW state has this optimizer's groups, and moments of its parameters' shapes. Raises BadInput."""
+    fault = BadInput(f"{path}: its optimizer is not this run's; an older step-* folder may be right")
+    expected = optimizer.state_dict()
+    try:
+        if [group["params"] for group in found["param_groups"]] != [
+                group["params"] for group in expected["param_groups"]]:
+            raise fault
+        if any(group.keys() != own.keys() for group, own in zip(found["param_groups"],
+                                                                 expected["param_groups"])):
+            raise fault
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for index, moments in found["state"].items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if moments[name].shape != parameters[index].shape or not moments[name].isfinite().all():
+                    raise fault
+            if not torch.is_tensor(moments["step"]) or moments["step"].numel() != 1:
+                raise fault
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise fault from None
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Watching
+
+
+@contextmanager
+def watching(what):
+    """What only shows a run never costs it: a full disk or a closed terminal is said, if that is possible."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        try:
+            print(f"warning: {what}: not written ({one_line(error)}); training goes on", file=sys.stderr)
+        except (OSError, ValueError):  # stderr itself is what is gone
+            pass
 
 
 class Log:
@@ -176,7 +275,9 @@ class Log:
         self.file, self.rank = None, rank
         if rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            lines = []
+            if path.exists():
+                lines = path.read_text(errors="replace").splitlines(keepends=True)
             with complete_or_absent(path) as temporary:  # steps after the save are done and logged again
                 temporary.write_text("".join(line for line in lines[:first] if line.endswith("\n")))
             self.file = open(path, "a", buffering=1)
@@ -188,10 +289,12 @@ class Log:
             return
         seconds, self.time = time.time() - self.time, time.time()
         line = {"step": step, **numbers, "seconds": round(seconds, 3), "memory": round(peak_memory(), 2)}
-        self.file.write(json.dumps(line) + "\n")
+        with watching("log.jsonl"):
+            self.file.write(json.dumps(line) + "\n")
         self.mean = numbers["loss"] if self.mean is None else 0.95 * self.mean + 0.05 * numbers["loss"]
-        self.bar.set_postfix(loss=f"{self.mean:.4f}", refresh=False)
-        self.bar.update()
+        with watching("progress"):
+            self.bar.set_postfix(loss=f"{self.mean:.4f}", refresh=False)
+            self.bar.update()
 
     def __enter__(self):
         return self

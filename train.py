@@ -21,7 +21,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from cli import (BadInput, FlagParser, check_out, join_processes, only_writer, pick_precision, run_script,
+from cli import (BadInput, FlagParser, check_out, join_processes, pick_precision, run_script,
                  stop_signals, this_process)
 from config import (RANGES, SamplingDefaults, TrainingDefaults, add_flags, add_speed_flags, check_flags,
                     check_sampling, load_config, with_flags)
@@ -30,8 +30,8 @@ from files import default_base, load_base, pick_checkpointing, pick_images
 from lora import LiveLoRA, Subject
 from model import Tokenizer
 from paper.baselines import METHODS, add_method_flags, fill_published
-from runs import (UNFINISHED, Log, load_training, newest_save, pick_run, prior_folder, prior_writer,
-                  run_settings, save_fingerprint, save_preview, save_prior_clip, save_training)
+from runs import (Log, load_training, newest_save, pick_run, prior_folder, prior_writer, run_settings,
+                  run_writer, save_fingerprint, save_preview, save_prior_clip, save_training)
 from sample import generate
 from texts import check_placeholder, default_prompt
 
@@ -132,7 +132,7 @@ def main():
             clips += [prior[0][which].expand(-1, -1, sampling.frames, -1, -1), prior[1][which]]
         return clips
 
-    with (only_writer(out, process.rank, UNFINISHED), stop_signals() as signals,
+    with (run_writer(out, last_save, process.rank), stop_signals() as signals,
           Log(out / "log.jsonl", first, settings.steps, process.rank) as log):
         for step in range(first + 1, settings.steps + 1):
             method.before_step(loss, step, args.word_steps)
