@@ -241,7 +241,7 @@ def test_algorithm_1_ddim_finds_a_known_point():
             _, alpha_bar, scale, *_ = ddim_steps(schedule, steps, eta)[0]
             z = alpha_bar ** 0.5 * scale * point + (1 - alpha_bar) ** 0.5 * eps
             noise = lambda: torch.randn_like(z)
-        z_0 = ddim(exact, schedule, z, noise, context, context, FPS[:1], steps, 3.0, eta)
+            z_0 = ddim(exact, schedule, z, noise, context, context, FPS[:1], steps, 3.0, eta)
             alpha_bar, scale = schedule.alpha_bar[0], schedule.scale[0]
             rest = (z_0 - alpha_bar ** 0.5 * scale * point) / (1 - alpha_bar) ** 0.5
             if eta == 0:    # no noise but the first z's own, to the end
