@@ -1,10 +1,10 @@
 """How fast, how near to what the processor can do, and what each way of saving work saves.
 
     python tests/benchmark.py                     # VideoCrafter2's size, random weights; for GPUs
-    python tests/benchmark.py --quick             # the same networks on fewer, smaller frames; 5 minutes on CPUs
+    python tests/benchmark.py --quick             # fewer, smaller frames: 5 minutes on 2 CPU cores
     python tests/benchmark.py --base toy/base     # a base's own weights and size
-    python tests/benchmark.py --only "matrix product" "UNet call with guidance" --repeats 1     # some of the work
-    python tests/benchmark.py --quick --scaling   # cost against frames, size, clips, rank, processes; start-up
+    python tests/benchmark.py --only "UNet call with guidance" --repeats 1      # some of the work
+    python tests/benchmark.py --quick --scaling   # cost against frames, size, clips, rank, processes
     python tests/benchmark.py --quick --profile   # where a UNet call's time goes, by kind of work
 
 Prints two tables, and writes them to --json. The first has, for each piece of work: its median time; its
@@ -61,7 +61,8 @@ SHOWN = ("matrix product", "UNet call with guidance", "a video, customised", "de
          "training step, checkpointed")
 # What is compared: the plain way and ours.
 RATIOS = {
-    "plain sampling / customised sampling (1.00: LoRA costs nothing)": ("a video, plain", "a video, customised"),
+    "plain sampling / customised sampling (1.00: LoRA costs nothing)": (
+        "a video, plain", "a video, customised"),
     "guidance in one call, text once per clip": (
         "guidance in two calls, text repeated per frame", "UNet call with guidance"),
     "one encoded frame for a still video": ("encoding every frame", "encoding one frame"),
@@ -108,7 +109,8 @@ def main():
     print_work(rows, rows if args.only else SHOWN)
     ratios = print_ratios(rows)
     if args.json:
-        found = {"device": name, "torch": torch.__version__, "precision": precision, "work": rows, "ratios": ratios}
+        found = {"device": name, "torch": torch.__version__, "precision": precision, "work": rows,
+                 "ratios": ratios}
         with complete_or_absent(args.json) as temporary:
             temporary.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -193,8 +195,8 @@ def sampling_work(base, settings):
 
     def video(strength):
         noise = lambda: torch.randn_like(z[:1])
-        ddim(base.unet, base.schedule, z[:1], noise, both[:1], both[1:], fps[:1], settings.steps, settings.cfg,
-             settings.eta, strength, lambdas)
+        ddim(base.unet, base.schedule, z[:1], noise, both[:1], both[1:], fps[:1], settings.steps,
+             settings.cfg, settings.eta, strength, lambdas)
         if strength:
             strength.set(0)
 
@@ -253,7 +255,7 @@ def training_work(base, settings, rank):
         prior_z, prior_context = z[1:], context[1:]
         if encode_prior:
             with torch.no_grad():
-                prior_z = base.vae.encode(clip).transpose(0, 1)[None]
+                prior_z = base.encode(clip).transpose(0, 1)[None]
                 prior_context = base.text_encoder(tokens, loss.v_star)
         subject_loss, prior_loss = loss(clip[:1], tokens, weight, t, eps, prior_z, prior_context)
         (subject_loss + prior_loss).backward()
@@ -275,7 +277,7 @@ def training_work(base, settings, rank):
 
 
 def print_scaling(base, settings, repeats):
-    """A row for each size: seconds, arithmetic, and the time per operation, relative to its group's first row."""
+    """A row for each size: seconds, arithmetic, and time per operation relative to the group's first row."""
     def call(clips, **changed):
         inputs = random_inputs(base, replace(settings, **changed), clips)
         return torch.no_grad()(lambda: base.unet(*inputs))
@@ -297,20 +299,20 @@ def print_scaling(base, settings, repeats):
         for label, cost in zip(group, costs):
             row = found[label]
             print(f"| {label} | {row['seconds']:.3f} | {row['TFLOP']:.3f} | {cost / costs[0]:.2f} |")
-    print("\n| embedded base, 20 training steps | seconds per clip | start-up: seconds from the command to the "
-          "end of step 1 |\n|---|---|---|")
+    print("\n| embedded base, 20 training steps | seconds per clip | "
+          "start-up: seconds from the command to the end of step 1 |\n|---|---|---|")
     for processes in (1, 2, 4):
         start, seconds = time_training(processes, clips=4)
         print(f"| {processes} processes | {seconds:.3f} | {start:.1f} |")
 
 
 def time_training(processes, clips, steps=20):
-    """train.py on the embedded base -> seconds until the end of step 1; median seconds per clip after step 1."""
+    """train.py on the embedded base -> seconds until the end of step 1, and per clip after it (median)."""
     launcher = torchrun(processes) if processes > 1 else ()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "run" / "log.jsonl"
-        command = [sys.executable, *launcher, ROOT / "train.py", "--base", ROOT / "toy" / "base", "--alpha", 0,
-                   "--steps", steps, "--batch_size", clips // processes, "--out", log.parent]
+        command = [sys.executable, *launcher, ROOT / "train.py", "--base", ROOT / "toy" / "base",
+                   "--alpha", 0, "--steps", steps, "--batch_size", clips // processes, "--out", log.parent]
         began = time.time()
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         if done.returncode:
@@ -352,7 +354,7 @@ def named_layers():
 
 @torch.no_grad()
 def print_profile(base, settings):
-    """A UNet call with guidance by kind of layer: seconds in products and convolutions, in copies, in all else."""
+    """A UNet call with guidance, by kind of layer: seconds in arithmetic, in copies, and in all else."""
     inputs = random_inputs(base, settings, 2)
     base.unet(*inputs)
     with named_layers(), torch.profiler.profile(acc_events=True) as found:
@@ -422,7 +424,8 @@ def clocked(call, cuda):
 def parse_args():
     p = argparse.ArgumentParser(description="Time sampling and training against the processor's matrix rate.")
     p.add_argument("--base", type=Path, help="base folder (default: random weights of VideoCrafter2's size)")
-    p.add_argument("--quick", action="store_true", help="4 frames of 128x128, 2 sampling steps, fewer repeats")
+    p.add_argument("--quick", action="store_true",
+                   help="4 frames of 128x128, 2 sampling steps, fewer repeats")
     p.add_argument("--repeats", type=int, help="turns that count (default: 7, with --quick 2)")
     p.add_argument("--steps", type=int, help="sampling steps of a timed video (default: 50, with --quick 2)")
     p.add_argument("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
@@ -433,7 +436,8 @@ def parse_args():
                    help="also the UNet call compiled by torch.compile, which first takes minutes")
     p.add_argument("--scaling", action="store_true",
                    help="in their place, how cost grows with frames, size, clips, rank and processes")
-    p.add_argument("--profile", action="store_true", help="in their place, a UNet call's time by kind of work")
+    p.add_argument("--profile", action="store_true",
+                   help="in their place, a UNet call's time by kind of work")
     p.add_argument("--json", type=Path, help="also write the numbers there")
     args = p.parse_args()
     check_flags(args, {"repeats": (1, 1000), "steps": (1, 999)})

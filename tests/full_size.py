@@ -13,7 +13,6 @@ and the allocator take; `on_card` adds a guess.
 """
 
 import argparse
-import json
 import multiprocessing
 import subprocess
 import sys
@@ -29,13 +28,12 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-from config import BaseConfig  # noqa: E402
-from files import PARTS, Base, build_part  # noqa: E402
-from lora import add_lora, target_names  # noqa: E402
-from model import TEXT_LENGTH, VOCAB_SIZE, Z_CHANNELS  # noqa: E402
-from train import SubjectLoss  # noqa: E402
+from makers import OFFICIAL, ROOT
+from config import BaseConfig
+from files import PARTS, Base, build_part
+from lora import add_lora, target_names
+from model import TEXT_LENGTH, VOCAB_SIZE, Z_CHANNELS
+from train import SubjectLoss
 
 # ------------------------------------------------------------------------------------------------------------
 # What fits on a card
@@ -94,6 +92,7 @@ class FusedAttention(torch.autograd.Function):
 
 
 def meta_base(config, dtype):
+    """A base whose tensors have shapes and no content."""
     with torch.device("meta"):
         networks = {part: build_part(part, config) for part in PARTS}
     networks["unet"].to(dtype)
@@ -107,19 +106,26 @@ def weight_bytes(base):
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
+def latent_shape(config):
+    """(4, T, h, w)"""
+    size, factor = config.sampling, config.vae.factor
+    return Z_CHANNELS, size.frames, size.height // factor, size.width // factor
+
+
 def count_sampling(config, dtype, clips):
     """Bytes at the peak of sampling `clips` videos at once with guidance, with a LoRA in the weights."""
-    base, size = meta_base(config, dtype), config.sampling
-    shape = (2 * clips, Z_CHANNELS, size.frames, size.height // 8, size.width // 8)
+    base = meta_base(config, dtype)
+    channels, frames, h, w = latent_shape(config)
     originals = [base.unet.get_submodule(name).weight for name in target_names(base.unet)]
     kept = sum(weight.numel() * weight.element_size() for weight in originals)
     with torch.no_grad(), torch.device("meta"):
-        z, t = torch.empty(shape), torch.empty(2 * clips, dtype=torch.long)
+        z = torch.empty(2 * clips, channels, frames, h, w)
+        t = torch.empty(2 * clips, dtype=torch.long)
         context = torch.empty(2 * clips, TEXT_LENGTH, config.text.width)
         with LiveBytes() as unet:
             base.unet(z, t, t, context)
         with LiveBytes() as decoding:
-            base.vae.decode(torch.empty(4, *shape[1:2], *shape[3:]))
+            base.vae.decode(torch.empty(4, channels, h, w))  # as Base.decode, four frames at a time
     return weight_bytes(base) + kept + max(unet.peak, decoding.peak)
 
 
@@ -129,17 +135,15 @@ def count_training(config, dtype, clips, prior, checkpointing):
     weights = weight_bytes(base)
     base.unet.grad_checkpointing = checkpointing
     all_clips = clips * (2 if prior else 1)
-    latents = (Z_CHANNELS, size.frames, size.height // 8, size.width // 8)
+    latents = latent_shape(config)
     with torch.device("meta"):
         layers = add_lora(base.unet, config.training.rank)
         loss = SubjectLoss(base, torch.empty(1, config.text.width), layers, size.frames, size.fps)
-        inputs = [
-            torch.empty(clips, 3, size.height, size.width),
-            torch.full((clips, TEXT_LENGTH), VOCAB_SIZE),
-            torch.empty(clips, *latents[2:]),
-            torch.empty(all_clips, dtype=torch.long),
-            torch.empty(all_clips, *latents),
-        ]
+        inputs = [torch.empty(clips, 3, size.height, size.width),               # photos
+                  torch.full((clips, TEXT_LENGTH), VOCAB_SIZE),                 # tokens
+                  torch.empty(clips, *latents[2:]),                             # weight
+                  torch.empty(all_clips, dtype=torch.long),                     # t
+                  torch.empty(all_clips, *latents)]                             # eps
         if prior:
             inputs += [torch.empty(clips, *latents), torch.empty(clips, TEXT_LENGTH, config.text.width)]
         with LiveBytes() as step:
@@ -162,18 +166,16 @@ def largest_batch(one, two, three, card):
 def estimate(config, dtype=torch.bfloat16):
     """Prints how much each piece of work takes, then which batch sizes fit on which card."""
     training = partial(count_training, config, dtype)
-    work = {
-        "sample.py": partial(count_sampling, config, dtype),
-        "train.py": partial(training, prior=True, checkpointing=False),
-        "train.py --grad_checkpointing": partial(training, prior=True, checkpointing=True),
-        "train.py --grad_checkpointing --alpha 0": partial(training, prior=False, checkpointing=True),
-    }
+    work = {"sample.py": partial(count_sampling, config, dtype),
+            "train.py": partial(training, prior=True, checkpointing=False),
+            "train.py --grad_checkpointing": partial(training, prior=True, checkpointing=True),
+            "train.py --grad_checkpointing --alpha 0": partial(training, prior=False, checkpointing=True)}
     fused, F.scaled_dot_product_attention = F.scaled_dot_product_attention, FusedAttention.attend
     try:
         counted = {label: (count(1), count(2), count(3)) for label, count in work.items()}
     finally:
         F.scaled_dot_product_attention = fused
-    print("| work, UNet in bfloat16 | counted, --batch_size 1 | each clip more | forecast on a card |")
+    print("| work, UNet in bfloat16 | counted, --batch_size 1 | each further clip | forecast on a card |")
     print("|---|---|---|---|")
     for label, (one, two, three) in counted.items():
         forecast = on_card(one) / GB
@@ -190,11 +192,9 @@ def estimate(config, dtype=torch.bfloat16):
 
 
 def write_checkpoint(path, dtype):
-    """Random weights under the official names: matrices keep the size of what goes through, norms stay near
-    one."""
-    shapes = json.loads((ROOT / "tests" / "golden" / "official_keys.json").read_text())
+    """Random weights under the official names. What goes through keeps its size."""
     state, generator = {}, torch.Generator().manual_seed(0)
-    for name, shape in shapes.items():
+    for name, shape in OFFICIAL.items():
         w = torch.randn(shape, generator=generator)
         if name.endswith("bias"):
             w = 0.1 * w
@@ -206,10 +206,10 @@ def write_checkpoint(path, dtype):
     torch.save({"state_dict": state}, path)
 
 
-def timed(what, *command):
+def timed(what, script, *flags):
     """Runs a script of this repository; prints its time and peak memory (memory-mapped pages included)."""
     start, peak = time.time(), 0
-    process = psutil.Popen([sys.executable, *map(str, command)])
+    process = psutil.Popen([sys.executable, str(ROOT / script), *map(str, flags)])
     while process.poll() is None:
         try:
             memory = process.memory_info()
@@ -228,9 +228,8 @@ def main():
     p.add_argument("--images", type=Path, help="folder of photos; they stand for the class prior as well")
     p.add_argument("--class_word", default="dog")
     p.add_argument("--source", choices=["float16", "float32"], default="float16", help="what it is made of")
-    p.add_argument(
-        "--dir", type=Path, help="where to put the files (default: the system's temporary folder)"
-    )
+    p.add_argument("--dir", type=Path,
+                   help="where to put the files (default: the system's temporary folder)")
     p.add_argument("--convert_only", action="store_true")
     args = p.parse_args()
     if args.estimate:
@@ -250,46 +249,18 @@ def run_all(args, folder):
     if writer.exitcode:
         sys.exit("could not write the checkpoint")
     base = folder / "base"
-    timed(
-        f"convert {args.source} to bfloat16", ROOT / "convert_ckpt.py", folder / "model.ckpt", "--out", base
-    )
+    timed(f"convert {args.source} to bfloat16", "convert_ckpt.py", folder / "model.ckpt", "--out", base)
     for part in sorted(base.glob("*.safetensors")):
         print(f"   {part.name}: {part.stat().st_size / GB:.2f} GB")
     if args.convert_only:
         return
-    timed(
-        "one training step, one subject and one prior clip",
-        ROOT / "train.py",
-        "--base",
-        base,
-        "--images",
-        args.images,
-        "--class_word",
-        args.class_word,
-        "--prior",
-        args.images,
-        "--num_prior",
-        1,
-        "--steps",
-        1,
-        "--grad_checkpointing",
-        "--out",
-        folder / "run",
-    )
-    timed(
-        "one sampling step with guidance, and decoding",
-        ROOT / "sample.py",
-        "--base",
-        base,
-        "--subject",
-        folder / "run" / "subject.safetensors",
-        "--steps",
-        1,
-        "--K",
-        1,
-        "--out",
-        folder / "outputs",
-    )
+    prior = ["--prior", args.images, "--num_prior", 1]
+    timed("one training step, one subject and one prior clip", "train.py", "--base", base,
+          "--images", args.images, "--class_word", args.class_word, *prior, "--steps", 1,
+          "--grad_checkpointing", "--out", folder / "run")
+    timed("one sampling step with guidance, and decoding", "sample.py", "--base", base,
+          "--subject", folder / "run" / "subject.safetensors", "--steps", 1, "--K", 1,
+          "--out", folder / "outputs")
 
 
 if __name__ == "__main__":

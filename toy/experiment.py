@@ -1,11 +1,11 @@
 """Measures the embedded base, and the paper's claim on it, where the truth is known to the pixel.
 
-    python toy/experiment.py base       # does the base show what captions say? Half of the scenes are held out
-    python toy/experiment.py decided    # at which sampling step is the direction of motion decided?
-    python toy/experiment.py claim      # a subject at constant lambda, with the paper's schedule, with others
-    python toy/experiment.py steps      # the same against training steps
-    python toy/experiment.py sweep      # the same for other ranks, learning rates and priors
-    python toy/experiment.py            # methods: the rows of the paper's Tables 1 and 2, on three subjects
+    python toy/experiment.py base      # does the base show what captions say? Half of the scenes are held out
+    python toy/experiment.py decided   # at which sampling step is the direction of motion decided?
+    python toy/experiment.py claim     # a subject at constant lambda, with the paper's schedule, with others
+    python toy/experiment.py steps     # the same against training steps
+    python toy/experiment.py sweep     # the same for other ranks, learning rates and priors
+    python toy/experiment.py           # methods: the rows of the paper's Tables 1 and 2, on three subjects
 
 Each trains what it needs, prints a table, and writes the table with a picture into --out. Numbers are means
 over clips, with standard errors. Clip n of every row has the same prompt and the same seed. What is there
@@ -30,7 +30,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from cli import ROOT, BadInput, FlagParser, check_out, complete_or_absent, run_script, this_process
+from cli import (ROOT, BadInput, FlagParser, check_out, complete_or_absent, join_processes, run_script,
+                 this_process)
 from config import check_flags
 from files import load_base, load_subject, subject_fingerprint
 from model import Tokenizer
@@ -46,8 +47,10 @@ BATCH = 16  # clips sampled at once
 
 # The schedules of lambda, as sample.py's --lambdas. All were fixed before any was sampled.
 CLASS_WORD = Row("base, class word")
-CONSTANT_08, CONSTANT_04 = Row("constant 0.8", lambdas="0.8*50"), Row("constant 0.4", lambdas="0.4*50")
-PAPER_K5, K10 = Row("0.4 then 0.8, K = 5 (paper)", lambdas=PAPER), Row("0.4 then 0.8, K = 10", lambdas="0.4*10,0.8*40")
+CONSTANT_08 = Row("constant 0.8", lambdas="0.8*50")
+CONSTANT_04 = Row("constant 0.4", lambdas="0.4*50")
+PAPER_K5 = Row("0.4 then 0.8, K = 5 (paper)", lambdas=PAPER)
+K10 = Row("0.4 then 0.8, K = 10", lambdas="0.4*10,0.8*40")
 SCHEDULES = [
     Row("constant 1.0", lambdas="1*50"),
     CONSTANT_08,
@@ -75,8 +78,8 @@ SWEEP = {
     "moving prior": SHORT | {"prior_motion": True},
     "no prior": SHORT | {"alpha": 0}}
 # For the rows of the paper's tables. Learning rates are the published ones times 50, as this base's own
-# rate is 50 times the paper's. All train equally long, except "longer": the paper does not say how long,
-# here twice as long. In this order two processes share the work evenly.
+# rate is 50 times the paper's. All train for 500 steps, except "longer": twice as long, since the paper does
+# not say how long. In this order two processes share the work evenly.
 CUSTOM_DIFFUSION = {"method": "custom_diffusion", "lr": 4e-3}
 DREAMVIDEO = {"method": "dreamvideo", "word_lr": 5e-3, "lr": 5e-4}
 TRAININGS = {
@@ -92,8 +95,7 @@ THREE = ("berry", "ember", "bee")
 def main():
     args = parse_args()
     process = this_process()
-    if process.world > 1:
-        dist.init_process_group("gloo")
+    join_processes(process, backend="gloo")
     EXPERIMENTS[args.what].run(args, load_base(args.base, process.device))
     if process.world > 1:
         dist.destroy_process_group()
@@ -104,7 +106,7 @@ def main():
 
 
 def measure_base(args, base):
-    """Clips of scenes never trained on, at default settings, against their captions. Also the VAE's own error."""
+    """Clips of scenes never trained on, at default settings, against their captions. Also the VAE's error."""
     scenes, table = draw_scenes(args.clips), Table(args, base, "base")
 
     def judge(i, clip):
@@ -119,7 +121,7 @@ def measure_base(args, base):
 
 
 def measure_decision(args, base):
-    """After k steps the motion word becomes its opposite. Motion is decided where the first word begins to win."""
+    """After k steps the motion word becomes its opposite. Motion is decided where the first word wins."""
     scenes, table = draw_scenes(args.clips), Table(args, base, "decided")
     prompts = [caption(scene) for scene in scenes]
     later_prompts = [caption(replace(scene, direction=OPPOSITE[scene.direction])) for scene in scenes]
@@ -129,11 +131,12 @@ def measure_decision(args, base):
         return {"first word": seen == asked, "second word": seen == OPPOSITE[asked]}
 
     for k in (1, 2, 3, 5, 7, 10, 20):
-        table.fill(f"k = {k}", prompts, judge, sample=partial(sample_exchanged, later_prompts=later_prompts, k=k))
+        sample = partial(sample_exchanged, later_prompts=later_prompts, k=k)
+        table.fill(f"k = {k}", prompts, judge, sample=sample)
 
 
 def measure_claim(args, base):
-    """Motion, composition and likeness of a learned subject at every schedule. The base stands beside them."""
+    """Motion, composition and likeness of a learned subject at every schedule, and of the base."""
     path = args.subject or train_subjects(args, LONG)["long"] / "subject.safetensors"
     subject, name = load_known_subject(path, base)
     table = Table(args, base, f"claim-{name}", {"subject": subject_fingerprint(subject)})
@@ -141,10 +144,9 @@ def measure_claim(args, base):
         measure_row(table, row, subject, name)
     if table.process.rank == 0:
         photos = draw_photos(name)
-        decoded = [through_vae(base, photo) for photo in photos]
-        of_photos, of_decoded = (np.mean([likeness(picture[None], name) for picture in pictures])
-                                 for pictures in (photos, decoded))
-        print(f"likeness of the photos themselves: {of_photos:.3f}, after the VAE: {of_decoded:.3f}")
+        of_photos = np.mean([likeness(photo[None], name) for photo in photos])
+        after_vae = np.mean([likeness(through_vae(base, photo)[None], name) for photo in photos])
+        print(f"likeness of the photos themselves: {of_photos:.3f}, after the VAE: {after_vae:.3f}")
 
 
 def measure_steps(args, base):
@@ -192,16 +194,19 @@ def measure_methods(args, base):
 
 
 def draw_scenes(count, seed=1000):
-    """`count` scenes of a seed that pre-training does not use, at 8 frames per second. Every second is held out."""
+    """Scenes at 8 frames per second, of a seed that pre-training does not use. Every second is held out."""
     rng = np.random.default_rng(seed)
     return [replace(random_scene(rng, unseen=i % 2 == 0), fps=8) for i in range(count)]
 
 
 def against(scene, seen, names):
-    """What a clip shows (Measured) against what was asked: metric -> number. The world's own distance is 1."""
+    """What a clip shows (Measured) against what was asked: metric -> number.
+
+    The distance is relative to that of the world's own clips.
+    """
     numbers = {name: getattr(seen, name) == getattr(scene, name) for name in names}
-    asked_distance = SPEED / scene.fps * (len(seen.track) - 1)
-    return numbers | {"distance": seen.distance / asked_distance, "frozen": seen.frozen, "broken": seen.broken > 0}
+    distance = seen.distance / (SPEED / scene.fps * (len(seen.track) - 1))
+    return numbers | {"distance": distance, "frozen": seen.frozen, "broken": seen.broken > 0}
 
 
 def load_known_subject(path, base):
@@ -209,7 +214,8 @@ def load_known_subject(path, base):
     subject = load_subject(path, base)
     images = subject.settings["images"]
     if Path(images).name not in SUBJECTS:
-        raise BadInput(f"--subject {path}: was learned from {images}, and the truth is known of toy/subjects only")
+        raise BadInput(f"--subject {path}: was learned from {images}, "
+                       f"and the truth is known of toy/subjects only")
     return subject, Path(images).name
 
 
@@ -218,16 +224,15 @@ def measure_row(table, row, subject, name):
 
     The prompts ask for every direction on every ground in turn.
     """
-    base = table.base
-    settings = base.config.sampling
-    scenes = draw_scenes(table.args.clips)
-    for i, (ground, direction) in zip(range(len(scenes)), itertools.cycle(itertools.product(GROUNDS, DIRECTIONS))):
-        scenes[i] = replace(scenes[i], ground=ground, direction=direction)
-    words, sample = subject.class_word, sample_clips
+    settings = table.base.config.sampling
+    places = itertools.cycle(itertools.product(GROUNDS, DIRECTIONS))
+    scenes = [replace(scene, ground=ground, direction=direction)
+              for scene, (ground, direction) in zip(draw_scenes(table.args.clips), places)]
+    name_in_prompt, sample = subject.class_word, sample_clips
     if row.lambdas:
-        words = f"{subject.placeholder} {subject.class_word}"
+        name_in_prompt = f"{subject.placeholder} {subject.class_word}"
         sample = partial(sample_clips, subjects=[subject], lambdas=parse_lambdas(row.lambdas, settings.steps))
-    prompts = [f"a {words} moving {scene.direction} on the {scene.ground}" for scene in scenes]
+    prompts = [f"a {name_in_prompt} moving {scene.direction} on the {scene.ground}" for scene in scenes]
 
     def judge(i, clip):
         seen = measure(clip, settings.fps, class_or_subject(name))
@@ -279,13 +284,12 @@ class Table:
         if self.path.exists():
             found = json.loads(self.path.read_text(encoding="utf-8"))
             if found["settings"] != self.settings:
-                raise BadInput(f"--out {args.out}: {self.path.name} in it has other settings ({found['settings']}); "
-                               f"name another folder")
+                raise BadInput(f"--out {args.out}: {self.path.name} in it has other settings "
+                               f"({found['settings']}); name another folder")
             self.rows = found["rows"]
 
     def fill(self, name, prompts, judge, examples=2, sample=None):
-        """Samples every prompt, clip n from seed n, and judges each clip. Returns metric -> a number per
-        clip.
+        """Samples every prompt, clip n from seed n, and judges the clips -> metric -> a number per clip.
 
         judge: function (n, clip) -> metric -> number. sample: function (base, prompts, which) -> clips, by
         default `sample_clips`. The picture shows the first `examples` clips.
@@ -303,7 +307,7 @@ class Table:
         return self.rows[name]
 
     def judge_clips(self, name, prompts, judge, examples, sample):
-        """-> n -> metric -> number, and n -> clip for the first `examples` clips. Processes share the clips."""
+        """-> n -> metric -> number, and n -> clip for the first clips. Processes share the work."""
         mine = range(self.process.rank, len(prompts), self.process.world)
         batches = [mine[i:i + BATCH] for i in range(0, len(mine), BATCH)]
         judged, shown = {}, {}
@@ -315,7 +319,7 @@ class Table:
         return gathered(judged, self.process.world), gathered(shown, self.process.world)
 
     def save(self, name, clips):
-        """The rows so far as JSON. The row's clips go below the picture's earlier rows, two clips per strip."""
+        """Writes the rows so far as JSON. The clips go below the earlier rows' picture, two per strip."""
         with complete_or_absent(self.path) as temporary:
             content = {"settings": self.settings, "rows": self.rows}
             temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
@@ -331,13 +335,13 @@ class Table:
 
 def gathered(mine, world):
     """A dictionary of each process -> all of them in one."""
-    parts = [mine]
+    dictionaries = [mine]
     if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, mine)
+        dictionaries = [None] * world
+        dist.all_gather_object(dictionaries, mine)
     together = {}
-    for part in parts:
-        together |= part
+    for dictionary in dictionaries:
+        together |= dictionary
     return together
 
 
@@ -366,7 +370,7 @@ def sample_exchanged(base, prompts, which, later_prompts, k):
 
 
 def plot(path, lines, metrics, width=300, height=200):
-    """Lines become one panel per metric. Steps are on a linear axis from 0, means from 0 to the largest or 1."""
+    """Lines become one panel per metric. Steps are on a linear axis from 0, means from 0 to 1 or more."""
     image = Image.new("RGB", (width * len(metrics), height + 14 * len(lines) + 8), "white")
     for i, metric in enumerate(metrics):
         image.paste(panel(lines, metric, width, height), (width * i, 0))
@@ -380,8 +384,9 @@ def plot(path, lines, metrics, width=300, height=200):
 def panel(lines, metric, width, height):
     """The lines' means of one metric against training steps -> PIL image."""
     image = Image.new("RGB", (width, height), "white")
-    pen, all_steps = ImageDraw.Draw(image), list(lines[0].means)
-    top = max(1.0, *(means[metric] for line in lines for means in line.means.values()))
+    pen, all_steps, top = ImageDraw.Draw(image), list(lines[0].means), 1.0
+    for line in lines:
+        top = max(top, *(means[metric] for means in line.means.values()))
 
     def at(steps, value):
         return 40 + (width - 60) * steps / max(all_steps), height - 20 - (height - 50) * value / top
@@ -424,7 +429,8 @@ def parse_args():
     p = FlagParser(description="Measure the embedded base and the paper's claim on it.")
     p.add_argument("what", nargs="?", choices=list(EXPERIMENTS), default="methods",
                    help="what to measure (default: %(default)s)")
-    p.add_argument("--base", type=Path, default=ROOT / "toy" / "base", help="base folder (default: %(default)s)")
+    p.add_argument("--base", type=Path, default=ROOT / "toy" / "base",
+                   help="base folder (default: %(default)s)")
     p.add_argument("--subject", type=Path,
                    help="claim: subject.safetensors learned from one of toy/subjects "
                         "(default: one trained for long)")

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from cli import BadInput, FlagParser, check_out, complete_or_absent, run_script, this_process
+from cli import BadInput, FlagParser, check_out, complete_or_absent, join_processes, run_script, this_process
 from config import BaseConfig, SamplingDefaults, TrainingDefaults, check_flags, save_config
 from files import PARTS, build_part, file_crc32, fingerprint
 from model import (TRAIN_STEPS, VAE, Z_CHANNELS, NoiseSchedule, ScheduleConfig, TextConfig, Tokenizer,
@@ -53,8 +53,7 @@ CONFIG = BaseConfig(
 def main():
     args = parse_args()
     process = this_process()
-    if process.world > 1:
-        dist.init_process_group("nccl" if process.device.type == "cuda" else "gloo")
+    join_processes(process)
     args.out.mkdir(parents=True, exist_ok=True)
     for stage, run_stage in STAGES.items():
         if args.stage in ("all", stage):
