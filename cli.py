@@ -355,4 +355,8 @@ def only_writer(folder, rank=0):
         yield
     finally:
         (folder / RECORD).unlink(missing_ok=True)
+        try:
+            (folder / LOCK).unlink(missing_ok=True)     # filelock tries again where a lock's file is gone
+        except OSError:  # Windows keeps a file that is open
+            pass
         lock.release()

@@ -78,8 +78,7 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}   
 def main():
     p = FlagParser(description="Convert the official VideoCrafter2 checkpoint.")
     p.add_argument("checkpoint", nargs="?", type=Path, help=".ckpt or .safetensors (default: download it)")
-    p.add_argument("--out", type=Path, default=ROOT / "checkpoints" / "videocrafter2",
-                   help="base folder to write (default: %(default)s)")
+    p.add_argument("--out", type=Path, default=ROOT / "checkpoints" / "videocrafter2", help="base folder")
     p.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
                    help="what the UNet is stored in; text encoder and VAE are float32 (default: %(default)s)")
     args = p.parse_args()
@@ -92,7 +91,7 @@ def convert(path, out, config, dtype):
     """Checkpoint file -> base folder `out`, which is complete or untouched. Raises BadInput."""
     check_out(out)
     targets = base_files(out)
-    if Path(path).resolve() in [target.resolve() for target in targets]:
+    if path.resolve() in [target.resolve() for target in targets]:
         raise BadInput(f"--out {out}: {path} would be written over; name another folder")
     plan = match_names(path, read_shapes(path), config)
     made = not out.exists()
@@ -103,8 +102,7 @@ def convert(path, out, config, dtype):
             config_path, *part_paths = [files.enter_context(complete_or_absent(target)) for target in targets]
             states = {}
             for part_path, (part, names) in zip(part_paths, plan.items()):
-                part_dtype = dtype if part == "unet" else torch.float32
-                states[part] = write_part(path, part_path, names, part_dtype)
+                states[part] = write_part(path, part_path, names, dtype if part == "unet" else torch.float32)
             crc32 = tuple(file_crc32(part_path) for part_path in part_paths)
             save_config(replace(config, fingerprint=fingerprint(states), crc32=crc32), config_path)
     finally:

@@ -52,7 +52,7 @@ ANIMALS = {"dog", "cat", "bird", "duck", "goose", "hen", "chicken", "owl", "parr
 
 
 def published_trainings(paper_steps):
-    """Name of a training -> its flags of train.py. How long "longer" is the paper does not say; here twice."""
+    """Name of a training -> its flags of train.py. "Longer" is twice as long here; the paper does not say."""
     custom_diffusion = METHODS["custom_diffusion"].published["steps"]
     dreamvideo, words = (METHODS["dreamvideo"].published[name] for name in ("steps", "word_steps"))
     return {"Custom Diffusion": {"method": "custom_diffusion", "steps": custom_diffusion},
@@ -90,7 +90,8 @@ def main():
                 run = learned[f"{folder.name} {row.training}"]
                 subject = ["--subject", run / "subject.safetensors", "--lambdas", row.lambdas]
             command("sampling", *python, ROOT / "sample.py", "--base", args.base, *subject,
-                    "--prompts", prompts, "--num_videos", args.clips, "--seed", 0, "--format", "mp4", "--out", out / slug(row.name))
+                    "--prompts", prompts, "--num_videos", args.clips, "--seed", 0, "--format", "mp4",
+                    "--out", out / slug(row.name))
         towers = []
         for flag, path in (("--clip", args.clip), ("--dino", args.dino)):
             towers += [flag, path] if path else []

@@ -140,7 +140,7 @@ class Bomb:
 
 
 def fork(main, argv, cwd, before=None, output="output"):
-    """Runs a script's main() in a child, which spares the start-up -> its pid. Its output goes to cwd/output."""
+    """Runs a script's main() in a child, which spares the start-up -> its pid. It writes to cwd/output."""
     pid = os.fork()
     if pid:
         return pid

@@ -169,7 +169,7 @@ def test_command_line(base, base_folder, tmp_path, call):
     lines = first.stdout.splitlines()
     assert "tiny0" in lines[0] and "runs/dog/subject.safetensors" in lines[0]  # found without being named
     stem = "a-v-dog-running-on-the-grass"
-    names = [f"{stem}-{seed}.{end}" for seed in (3, 4) for end in ("mp4", "gif", "json")]
+    names = [f"{stem}-{seed}.{end}" for seed in (3, 4) for end in ("gif", "mp4", "json")]
     assert lines[-1] == "wrote " + " ".join(f"outputs/{n}" for n in names)
     assert sorted(p.name for p in (tmp_path / "outputs").iterdir()) == sorted(names)
     video, gif = (iio.imread(tmp_path / "outputs" / f"{stem}-3.{end}") for end in ("mp4", "gif"))

@@ -156,8 +156,8 @@ def test_a_subject_is_learned(base_folder, photos_folder, tmp_path):
 
 def test_help_names_every_setting(monkeypatch, tmp_path, capsys):
     for script, names in {
-        train: "base images class_word placeholder prior num_prior alpha rank lr weight_decay steps batch_size frames "
-        "height "
+        train: "base images class_word placeholder prior num_prior alpha rank lr weight_decay steps batch_size "
+        "frames height "
         "width precision grad_checkpointing seed out save_every",
         sample: "base subject prompt lambda_s lambda_l K steps cfg eta fps save_fps frames height width "
             "seed num precision out",
@@ -230,7 +230,7 @@ def test_custom_diffusion_starts_from_a_rare_word(base_folder, photos_folder, tm
     subject = load_subject(tmp_path / "x" / "subject.safetensors", base)
     assert torch.allclose(subject.v_star[0], base.text_encoder.token_embedding.weight[42170], atol=1e-5)
     assert all(delta.abs().sum() > 0 for (delta,) in subject.updates.values())
-    assert list((tmp_path / "runs" / "prior").glob("*/*.png"))  # its prior loss has weight 1
+    assert list((tmp_path / "prior").glob("*/*.png"))  # its prior loss has weight 1
     in_process(sample, monkeypatch, tmp_path, "--base", base_folder, "--subject", "x/subject.safetensors")
     assert list((tmp_path / "outputs").glob("*.mp4"))
 
