@@ -274,11 +274,10 @@ def stop_signals():
 
 @contextmanager
 def complete_or_absent(path):
-    """Gives a temporary path in the same folder, which takes the place of `path` when the block ends
-    without error.
+    """Gives a temporary path in the same folder, which takes the place of `path` when the block ends well.
 
-    So a reader finds the old file or the new one, never half of one, even if the process is killed. The
-    block may make a folder instead, where none was. Raises BadInput if the disk is full.
+    So a reader finds the old file or the new one, never half of one, even after a kill. The block may make a
+    folder instead, where none was. Raises BadInput if the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")

@@ -1,8 +1,7 @@
 """A base's config.json: every number that a base has, where the number comes from, and what it may be.
 
-Nothing to run here. The defaults are VideoCrafter2's, from the paper, or from upstream where a comment says
-so. Another base has other numbers in its config.json. Entries that its config.json leaves out have the
-defaults here.
+Nothing to run here. The defaults are VideoCrafter2's, from the paper or, where a comment says so, upstream.
+Another base has other numbers in its config.json. What its config.json leaves out has the default here.
 """
 import argparse
 import difflib
@@ -66,8 +65,7 @@ class BaseConfig:
         return self.vae.factor * 2 ** (len(self.unet.channel_mult) - 1)
 
 
-# What a number may be, in config.json and as a flag: the least and the most; and what --help says of the
-# flag.
+# What a number may be, in config.json and as a flag: least, most, and what --help says of the flag.
 RANGES = {
     SamplingDefaults: {
         "frames": (1, 1024, "frames in a video (paper: 16)"),

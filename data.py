@@ -122,8 +122,7 @@ def load_photos(folder, shortest, placeholder="", class_word=""):
 
 
 def load_prior(folder, count, frames, height, width):
-    """Folder -> its first `count` pictures and videos of the class: list of video (1 or T, 3, H, W) and
-    caption.
+    """Folder -> list of video (1 or T, 3, H, W), caption: its first `count` pictures and videos of the class.
 
     Of a video the first T = `frames` frames are taken; a shorter video is reported and left out. A caption is
     empty where there is no NAME.txt. Raises BadInput as `load_photos`.

@@ -1,8 +1,7 @@
 """A base and a subject on disk, and every check of what comes from outside.
 
 A base is a folder: config.json (config.py), unet.safetensors, vae.safetensors, text_encoder.safetensors.
-A subject is one file, subject.safetensors: V*, what was learned in the UNet, and the facts in the file's
-header.
+A subject is one file, subject.safetensors: V*, what was learned in the UNet, and facts in the header.
 
 Nothing to run here, and nothing of the paper. Nothing in a file is run: weights are safetensors, or pickles
 that torch reads with weights_only.
@@ -373,8 +372,7 @@ def read_folder(folder, endings, read, flag, content, count=None):
 
 
 def load_picture(path, shortest):
-    """A file in any mode and orientation -> RGB (sRGB), upright, transparency over white; of an animation
-    frame 1.
+    """A file in any mode and orientation -> sRGB, upright, over white; of an animation the first frame.
 
     Scaled down while it is decoded, where the format can. Raises ValueError over MOST_PIXELS, or where a
     picture's numbers have no depth that is known.

@@ -32,8 +32,7 @@ CHECKSUMS = "checksums.json"
 
 
 def pick_run(out, resume, default):
-    """--out, --resume and the default folder -> where the run writes, and the save that it starts from or
-    None.
+    """--out, --resume and the default folder -> where the run writes, and the save it starts from or None.
 
     Raises BadInput. A finished run is never written over.
     """

@@ -29,10 +29,11 @@ from video import check_formats, endings, free_path, save_video, sheet, side_by_
 
 
 def ddim_steps(schedule, steps, eta):
-    """The table of a DDIM run, noisiest step first, a row per step: t; alpha_bar and scale at t; both at
-    the next step's t; sigma. For 50 steps t = 981, 961, ... 1. Upstream lvdm/models/utils_diffusion.py.
+    """A row per DDIM step, noisiest first: t; alpha_bar and scale at t; both at the next step's t; sigma.
+
+    For 50 steps t = 981, 961, ... 1. Upstream lvdm/models/utils_diffusion.py.
     """
-    t = (torch.arange(0, TRAIN_STEPS, TRAIN_STEPS // steps)[:steps] + 1).clamp(max=TRAIN_STEPS - 1)
+    t = (torch.arange(0, TRAIN_STEPS, TRAIN_STEPS // steps) + 1).clamp(max=TRAIN_STEPS - 1)
     if TRAIN_STEPS % steps:  # upstream's spacing would start below the noisiest level
         t = torch.linspace(1, TRAIN_STEPS - 1, steps, dtype=torch.float64).round().long()
     # Upstream quirk: after the last step comes level 0, not a clean latent (alpha_bar = 1).
@@ -188,7 +189,6 @@ def make_batch(args, base, settings, batch, variants, bar):
         shown = (0, 1, 2, settings.K - 1, settings.K, 2 * settings.K, settings.steps // 2, settings.steps - 1)
     for label, (subjects, lambdas) in variants.items():
         process_shown = {}
-
         def look(i, z_0):
             bar.update(len(batch))
             if i in shown:

@@ -229,6 +229,7 @@ def generate_prior(folder, facts, caption, count, sampling, base, process):
 
 def preview(base, sampling, subject, strength):
     """The default prompt with the same two seeds each time -> videos (2, T, H, W, 3), label.
+
     Too many steps freeze the motion. Here a person sees it come, and can take an earlier save.
     """
     prompt = default_prompt(sampling, [subject])

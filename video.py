@@ -111,8 +111,7 @@ def read_json(path):
 
 
 def save_video(path, video, formats, fps, facts, pictures):
-    """Writes path.mp4, .gif or .png, path-NAME.png of each picture, and path.json with `facts` -> their
-    paths.
+    """Writes path.mp4, .gif or .png, path-NAME.png of each picture, path.json with `facts` -> their paths.
 
     The JSON comes last, so a video that has one is complete.
     """

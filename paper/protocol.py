@@ -1,5 +1,4 @@
-"""The paper's protocol (Sec. "Experiments"): every method on every subject, the same prompts and seeds,
-four metrics.
+"""The paper's protocol (Sec. "Experiments"): every method on every subject, with the same prompts and seeds.
 
     python paper/protocol.py --base checkpoints/videocrafter2 --subjects photos
 
@@ -127,9 +126,9 @@ def add_evaluation(numbers, path):
 
 
 def train_subjects(args, trainings):
-    """Name -> flags of train.py, in args.out/runs -> name -> folder. Each process takes one training at a
-    time.
+    """Name -> flags of train.py; each becomes a run under args.out. Returns name -> folder.
 
+    Each process takes one training at a time.
     A training that has its last save is not started again; one that has an earlier save is resumed.
     """
     process = this_process()
