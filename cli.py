@@ -341,6 +341,7 @@ def only_writer(folder, rank=0):
     if rank > 0:
         yield
         return
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=0)
     try:
@@ -359,3 +360,5 @@ def only_writer(folder, rank=0):
         except OSError:  # Windows keeps a file that is open
             pass
         lock.release()
+        if made and not any(folder.iterdir()):
+            folder.rmdir()

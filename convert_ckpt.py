@@ -93,21 +93,17 @@ def convert(path, out, config, dtype):
     targets = base_files(out)
     if path.resolve() in [target.resolve() for target in targets]:
         raise BadInput(f"--out {out}: {path} would be written over; name another folder")
+    check_replaced(out)     # before the work, and again when nobody else writes there
     plan = match_names(path, read_shapes(path), config)
-    made = not out.exists()
-    try:
-        with only_writer(out), ExitStack() as files:
-            check_replaced(out)
-            # Replaced in reverse order, so config.json last: its checksums refuse a mixture of old and new.
-            config_path, *part_paths = [files.enter_context(complete_or_absent(target)) for target in targets]
-            states = {}
-            for part_path, (part, names) in zip(part_paths, plan.items()):
-                states[part] = write_part(path, part_path, names, dtype if part == "unet" else torch.float32)
-            crc32 = tuple(file_crc32(part_path) for part_path in part_paths)
-            save_config(replace(config, fingerprint=fingerprint(states), crc32=crc32), config_path)
-    finally:
-        if made and out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
+    with only_writer(out), ExitStack() as files:
+        check_replaced(out)
+        # Replaced in reverse order, so config.json last: its checksums refuse a mixture of old and new.
+        config_path, *part_paths = [files.enter_context(complete_or_absent(target)) for target in targets]
+        states = {}
+        for part_path, (part, names) in zip(part_paths, plan.items()):
+            states[part] = write_part(path, part_path, names, dtype if part == "unet" else torch.float32)
+        crc32 = tuple(file_crc32(part_path) for part_path in part_paths)
+        save_config(replace(config, fingerprint=fingerprint(states), crc32=crc32), config_path)
 
 
 def match_names(path, shapes, config):

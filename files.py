@@ -83,7 +83,7 @@ def pick_checkpointing(args, base, settings, sampling, rank):
 def default_base():
     """The folder that is used where --base is left out."""
     converted = ROOT / "checkpoints" / "videocrafter2"
-    return Path(os.path.relpath(converted if (converted / "config.json").exists() else ROOT / "toy" / "base"))
+    return Path(os.path.relpath(converted if converted.exists() else ROOT / "toy" / "base"))
 
 
 def build_part(part, config: BaseConfig):
@@ -163,7 +163,7 @@ def base_files(folder):
 
 def check_replaced(out):
     """What a base will be written over in `out` is a base of this project, or nothing. Raises BadInput."""
-    found = {file.name for file in out.iterdir()} - {LOCK, RECORD}
+    found = {file.name for file in out.glob("*")} - {LOCK, RECORD}
     refusal = BadInput(f"--out {out}: exists and is not a base folder; name another")
     if "config.json" in found:
         try:

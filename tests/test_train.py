@@ -156,9 +156,8 @@ def test_a_subject_is_learned(base_folder, photos_folder, tmp_path):
 
 def test_help_names_every_setting(monkeypatch, tmp_path, capsys):
     for script, names in {
-        train: "base images class_word placeholder prior num_prior alpha rank lr weight_decay steps batch_size "
-        "frames height "
-        "width precision grad_checkpointing seed out save_every",
+        train: "base images class_word placeholder prior num_prior alpha rank lr weight_decay steps "
+        "batch_size frames height width precision grad_checkpointing seed out save_every",
         sample: "base subject prompt lambda_s lambda_l K steps cfg eta fps save_fps frames height width "
             "seed num precision out",
     }.items():

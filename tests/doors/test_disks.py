@@ -11,16 +11,27 @@ from sample import generate
 
 
 def test_a_folder_has_one_writer(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".tmp-1-x").write_text("half")
     with only_writer(tmp_path / "out"):
-        assert not list((tmp_path / "out").iterdir())
         with pytest.raises(BadInput, match="another run is writing there"), only_writer(tmp_path / "out"):
             pass
         with only_writer(tmp_path / "out", rank=1), only_writer(tmp_path / "other"):
             pass
+    assert not (tmp_path / "out").exists()          # nothing was written there
     with only_writer(tmp_path / "out"):
-        pass
+        (tmp_path / "out" / "x").write_text("x")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["x"]
+
+
+def test_what_a_killed_writer_left_is_known_by_its_record_alone(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in (".tmp-notes.txt", ".tmp-1-x"):
+        (out / name).write_text("half")
+    (out / ".writer.unfinished").write_text('".tmp-1-x"\n"../.tmp-other"\nhalf a li')
+    (tmp_path / ".tmp-other").write_text("mine")
+    with only_writer(out):
+        assert (out / ".tmp-notes.txt").exists() and not (out / ".tmp-1-x").exists()
+    assert [path.name for path in out.iterdir()] == [".tmp-notes.txt"] and (tmp_path / ".tmp-other").exists()
 
 
 @pytest.fixture()
