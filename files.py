@@ -163,7 +163,7 @@ def base_files(folder):
 
 def check_replaced(out):
     """What a base will be written over in `out` is a base of this project, or nothing. Raises BadInput."""
-    found = {file.name for file in out.glob("*")} - {LOCK, RECORD}
+    found = {file.name for file in out.glob("*") if not file.name.startswith(".tmp-")} - {LOCK, RECORD}
     refusal = BadInput(f"--out {out}: exists and is not a base folder; name another")
     if "config.json" in found:
         try:

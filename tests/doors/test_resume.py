@@ -214,8 +214,8 @@ def test_previews_grow(start, tmp_path):
 def test_the_prior_may_be_videos_with_captions(start, tmp_path):
     assert wait(start("--steps", 1, "--prior_motion", "--out", "made")) == 0
     folder, = (tmp_path / "prior").iterdir()
-    assert sorted(p.name for p in folder.iterdir()) == ["0000.mp4", "0001.mp4"]
-    kept = [p.stat().st_mtime_ns for p in sorted(folder.iterdir())]
+    assert sorted(p.name for p in folder.iterdir()) == ["0000.mp4", "0001.mp4", "prior.json"]
+    kept = [p.stat().st_mtime_ns for p in sorted(folder.glob("*.mp4"))]
     (folder / "0001.txt").write_text("a dog on the grass")
     (folder / "0002.mp4").write_bytes(b"not a video")
     assert wait(start("--steps", 1, "--prior", folder, "--num_prior", 5, "--out", "given")) == 0
