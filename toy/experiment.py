@@ -37,7 +37,8 @@ from evaluate import consistency
 from lora import load_subject
 from model import ROOT, BadInput, FlagParser, Tokenizer, complete_or_absent, load_base, load_config, run_script
 from sample import ddim_steps, generate, labelled, parse_lambdas, slug
-from toy.world import (DIRECTIONS, GROUNDS, SPEED, SUBJECTS, caption, class_or_subject, draw_clip, draw_photos, likeness, measure,
+from toy.measure import likeness, measure
+from toy.world import (DIRECTIONS, GROUNDS, SPEED, SUBJECTS, Look, caption, colour_name, draw_clip, draw_photos,
                        random_scene)
 from train import PUBLISHED, newest_save
 
@@ -107,17 +108,30 @@ def main():
 
 
 def measure_base(args, base):
-    """Clips of scenes never trained on, at default settings, against their captions; and the VAE's own error."""
+    """Clips of scenes never trained on, at default settings, against their captions, once with looks left open.
+
+    The world's own clips of the same scenes, encoded and decoded, show what a perfect base would reach.
+    """
     scenes, table = draw_scenes(args.clips), Table(args, base, "base")
+    vague = [replace(scene, look=Look((0.5, 0.5, 0.5))) for scene in scenes]  # grey has no name, so the caption has none
+    seen = ("direction", "shape", "ground")
 
     def judge(i, clip):
-        error = {"VAE world dB": psnr(base, draw_clip(scenes[i], 1)[0])}
-        return against(scenes[i], measure(clip, scenes[i].fps), ("direction", "colour", "shape", "ground")) | error
+        found = measure(clip, scenes[i].fps)
+        return against(scenes[i], found, (*seen, "pattern", "colour")) | drift(found)
+
+    def judge_vague(i, clip):
+        found = measure(clip, scenes[i].fps)
+        return against(vague[i], found, seen) | {"pattern": np.nan, "colour": np.nan} | drift(found)
 
     table.fill("base", [caption(scene) for scene in scenes], judge, examples=12)
+    table.fill("base, look left open", [caption(scene) for scene in vague], judge_vague, examples=12)
+    table.fill("the world's own, after the VAE", scenes, judge, make=lambda scene: through_vae(base, draw_clip(scene)))
     if args.rank == 0:
-        photos = np.concatenate([draw_photos(name) for name in SUBJECTS])
-        print(f"VAE on the subjects' photos: {np.mean([psnr(base, photo) for photo in photos]):.1f} dB")
+        pictures = {"the world": [draw_clip(scene, 1)[0] for scene in scenes],
+                    "the subjects' photos": np.concatenate([draw_photos(name) for name in SUBJECTS])}
+        for name, some in pictures.items():
+            print(f"VAE on {name}: {np.mean([psnr(base, picture) for picture in some]):.1f} dB")
 
 
 def measure_decision(args, base):
@@ -141,7 +155,7 @@ def measure_claim(args, base):
     compare_schedules(table, base, subject, name, {"base, class word": None, **SCHEDULES})
     if args.rank == 0:
         photos = draw_photos(name)
-        found = [np.mean([likeness(photo[None], name) for photo in some]) for some in (photos, [through_vae(base, photo) for photo in photos])]
+        found = [np.mean([likeness(photo[None], name) for photo in some]) for some in (photos, through_vae(base, photos))]
         print(f"likeness of the photos themselves: {found[0]:.3f}, after the VAE: {found[1]:.3f}")
 
 
@@ -265,7 +279,7 @@ def compare_schedules(table, base, subject, name, schedules):
     d = base.config.defaults
 
     def judge(i, clip):
-        row = against(scenes[i], measure(clip, d.fps, class_or_subject(name)), ("direction", "ground"))
+        row = against(scenes[i], measure(clip, d.fps), ("direction", "ground"))
         return row | {"likeness": likeness(clip, name), "consistency": consistency(pixel_features(clip))}
 
     for row, schedule in schedules.items():
@@ -292,14 +306,18 @@ class Table:
                 raise BadInput(f"--out {args.out}: {self.path.name} in it has other settings ({found['settings']}); name another folder")
             self.rows = found["rows"]
 
-    def fill(self, row, prompts, judge, examples=2, **how):
-        """Samples every prompt, clip n from seed n, and judges it: judge(n, clip) -> metric -> number. `how` is for sample_clip."""
+    def fill(self, row, prompts, judge, examples=2, make=None, **how):
+        """Samples every prompt, clip n from seed n, and judges it: judge(n, clip) -> metric -> number.
+
+        `how` is for sample_clips; `make` makes a clip of each prompt in its place.
+        """
         args = self.args
         if row not in self.rows:
             mine, judged, shown = range(args.rank, len(prompts), args.world), {}, {}
             for n in tqdm(range(0, len(mine), BATCH), desc=row, unit=f"{BATCH} clips", disable=args.rank > 0):
                 part = mine[n:n + BATCH]
-                for i, clip in zip(part, sample_clips(self.base, prompts, part, **how)):
+                clips = [make(prompts[i]) for i in part] if make else sample_clips(self.base, prompts, part, **how)
+                for i, clip in zip(part, clips):
                     judged[i] = {metric: float(value) for metric, value in judge(i, clip).items()}
                     if i < examples:
                         shown[i] = clip
@@ -330,7 +348,13 @@ def print_row(row, values, first):
     """Metric -> a number a clip, as a line of a Markdown table: means and standard errors."""
     if first:
         print(f"| {len(next(iter(values.values())))} clips a row | " + " | ".join(values) + " |\n" + "|---" * (1 + len(values)) + "|")
-    print(f"| {row} | " + " | ".join(f"{np.mean(x):.3f} ± {np.std(x) / len(x) ** 0.5:.3f}" for x in values.values()) + " |", flush=True)
+    print(f"| {row} | " + " | ".join(map(mean_and_error, values.values())) + " |", flush=True)
+
+
+def mean_and_error(x):
+    """Of the clips that were asked for this: all but those with NaN."""
+    x = np.array(x)[~np.isnan(x)]
+    return f"{x.mean():.3f} ± {x.std() / len(x) ** 0.5:.3f}" if len(x) else ""
 
 
 def gathered(mine, world):
@@ -349,10 +373,16 @@ def draw_scenes(count, seed=1000):
 
 
 def against(scene, seen, names):
-    """What a clip shows (Measured) against what was asked: metric -> number."""
-    row = {name: getattr(seen, name) == getattr(scene, name) for name in names}
+    """What a clip shows (Measured) against what was asked: metric -> number, NaN where nothing was asked."""
+    asked = {"colour": colour_name(scene.look.colour), "pattern": scene.look.pattern}
+    asked |= {name: getattr(scene, name) for name in ("shape", "ground", "direction")}
+    row = {name: getattr(seen, name) == asked[name] if asked[name] else np.nan for name in names}
     return row | {"distance": seen.distance / (SPEED / scene.fps * (len(seen.track) - 1)),  # the world's own: 1
                   "frozen": seen.frozen, "broken": seen.broken > 0}
+
+
+def drift(seen):
+    return {"colour drift": seen.colour_drift, "shape drift": seen.shape_drift}
 
 
 def pixel_features(clip):
@@ -376,15 +406,15 @@ def sample_clips(base, prompts, which, later_prompts=None, k=None, **how):
 
 
 @torch.no_grad()
-def through_vae(base, picture):
-    """(H, W, 3) uint8 -> the same, encoded and decoded."""
-    x = torch.from_numpy(picture).permute(2, 0, 1)[None].to(base.device) / 127.5 - 1
-    return base.decode(base.vae.encode(x)[:, :, None])[0, 0].numpy()
+def through_vae(base, pictures):
+    """(N, H, W, 3) uint8 -> the same, encoded and decoded."""
+    x = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(base.device) / 127.5 - 1
+    return base.decode(base.vae.encode(x).transpose(0, 1)[None])[0].numpy()
 
 
 def psnr(base, picture):
     """(H, W, 3) uint8 -> what is left of it after the VAE, in dB."""
-    error = picture.astype(float) - through_vae(base, picture)
+    error = picture.astype(float) - through_vae(base, picture[None])[0]
     return 10 * np.log10(255 ** 2 / np.mean(error ** 2))
 
 
