@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,10 +36,10 @@ FRAMES = 8
 # Of the scaled latents: the larger, the more noise it takes to hide which way a clip moves, and the earlier that is
 # decided. The noise rises steeply at the end (beta_end), so that all the same little is left to see at the level where
 # sampling starts.
-LATENT_STD = 6
+LATENT_STD = 24
 CONFIG = BaseConfig(
     name="toy",
-    schedule=ScheduleConfig(beta_end=0.02),
+    schedule=ScheduleConfig(beta_end=0.03),
     text=TextConfig(width=64, heads=4, layers=2),
     vae=VAEConfig(channels=16, channel_mult=(1, 2, 4, 8), num_res_blocks=1, norm_groups=4),
     unet=UNetConfig(channels=48, channel_mult=(1, 2, 2), num_res_blocks=1, attention_resolutions=(2, 4),
@@ -115,11 +116,14 @@ def train_vae(args, batch=8, lr=2e-3, kl_weight=1e-6, pool=8000):
             mean, logvar = (y.float() for y in vae.moments(x.contiguous(memory_format=torch.channels_last)))
             z = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * torch.randn_like(mean)
             y = vae.decode(z * vae.latent_factor).float()
-        # The second term is about colours: outlines come by themselves.
-        mse, coarse = F.mse_loss(y, x), F.mse_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8))
+        # Outlines come by themselves, colours would be long in coming: for most of the training three of the four latent
+        # channels are drawn towards the mean colour of their 8x8 pixels, less and less.
+        mse, blurred = F.mse_loss(y, x), F.avg_pool2d(x, 8)
+        coarse, lead = F.mse_loss(F.avg_pool2d(y, 8), blurred), F.mse_loss(mean[:, :3], blurred)
+        lead_weight = 4 * max(0, 0.75 - run.step / run.steps)
         kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)).mean()
-        loss = 4 * mse + 8 * coarse + 0.2 * F.l1_loss(y, x) + kl_weight * kl
-        run.optimize(loss, coarse=coarse, psnr=10 * torch.log10(4 / mse), kl=kl)
+        loss = 4 * mse + 8 * coarse + 0.2 * F.l1_loss(y, x) + lead_weight * lead + kl_weight * kl
+        run.optimize(loss, coarse=coarse, lead=lead, psnr=10 * torch.log10(4 / mse), kl=kl)
 
 
 def draw_scenes(count, seed=3):
@@ -134,9 +138,9 @@ def encode_clips(args, batch=16):
     if path.exists():
         return
     vae = load_average("vae", args).to(args.device, memory_format=torch.channels_last)
-    scenes, latents, start = draw_scenes(args.clips), [], time.time()
+    scenes, latents, start, pool = draw_scenes(args.clips), [], time.time(), ThreadPoolExecutor()
     for i in range(0, len(scenes), batch):
-        clips = np.concatenate([draw_clip(scene, FRAMES) for scene in scenes[i:i + batch]])
+        clips = np.concatenate(list(pool.map(draw_clip, scenes[i:i + batch])))
         x = torch.from_numpy(clips).permute(0, 3, 1, 2).to(args.device).float() / 127.5 - 1
         with args.autocast:
             mean, _ = vae.moments(x.contiguous(memory_format=torch.channels_last))
@@ -175,7 +179,7 @@ class NoiseLoss(torch.nn.Module):
         outweighing the rest.
         """
         signal = self.schedule.alpha_bar * (self.schedule.scale * LATENT_STD) ** 2
-        return (1 + (1 - self.schedule.alpha_bar) / signal).clamp(max=100)
+        return (1 + (1 - self.schedule.alpha_bar) / signal).clamp(max=200)
 
 
 def train_unet(args, images=64, clips=8, lr=1e-3):
