@@ -132,7 +132,8 @@ def match_names(path, shapes, config):
             first_unknown = f", first {unknown[0]}" if unknown else ""
             first_missing = f", first {min(missing)}" if missing else ""
             faults = f"{len(unknown)} unknown names{first_unknown}; {len(missing)} missing{first_missing}"
-            raise BadInput(f"{path}: not VideoCrafter2's own checkpoint; {describe(shapes)} ({faults})")
+            raise BadInput(f"{path}: not VideoCrafter2's text-to-video checkpoint; {describe(shapes)} "
+                           f"({faults})")
         found = {ours: without_ones(shapes[name], expected[ours].dim()) for ours, name in names.items()}
         check_tensors(path, {ours: torch.empty(s, device="meta") for ours, s in found.items()}, expected)
         plan[part] = {ours: (names[ours], tuple(tensor.shape)) for ours, tensor in expected.items()}

@@ -105,8 +105,8 @@ def cosines(a, b):
 
 
 def consistency(frames):
-    """Features of a video's frames (T, D) -> T.Cons, the mean cosine of neighbours. A frozen video has 1."""
-    return (frames[1:] * frames[:-1]).sum(dim=1).mean().item()
+    """Features of frames (T, D) -> T.Cons, the mean cosine of neighbours: 1 if frozen, None if T = 1."""
+    return (frames[1:] * frames[:-1]).sum(dim=1).mean().item() if len(frames) > 1 else None
 
 
 def motion(video, width=128, block=16, reach=8, explained=0.5, visible=2.0):
@@ -118,6 +118,8 @@ def motion(video, width=128, block=16, reach=8, explained=0.5, visible=2.0):
     block's residual. So noise that is drawn anew for each frame, flicker, and changes below 2 grey levels
     count as no motion.
     """
+    if len(video) < 2:
+        return None
     width = max(block, min(width, video.shape[2]) // block * block)
     size = (max(block, round(width * video.shape[1] / video.shape[2] / block) * block), width)
     grey = torch.from_numpy(video).float().mean(dim=-1, keepdim=True).permute(0, 3, 1, 2)   # (T, 1, H, W)
@@ -211,7 +213,7 @@ def load_weights(model, path, flag, repository, file):
 def find_videos(folders):
     """Folders -> list of (video file, the facts that sample.py wrote beside it). Raises BadInput if none."""
     found = []
-    for folder in folders:
+    for folder in dict.fromkeys(folders):  # a folder given twice counts once
         if not folder.is_dir():
             raise BadInput(f"--videos {folder}: no such folder; name one that sample.py wrote into")
         for path in sorted(folder.glob("*.json")):

@@ -1,5 +1,4 @@
 """Photos of every kind become frames; samples follow from their number alone."""
-
 import numpy as np
 import pytest
 import torch
@@ -20,15 +19,13 @@ def test_any_mode_becomes_upright_rgb(tmp_path):
     rgb = gradient()
     rgba = np.concatenate([rgb, np.full((40, 60, 1), 255, np.uint8)], -1)
     rgba[:10, :, 3] = 0
-    pictures = {
-        "rgb.png": Image.fromarray(rgb),
-        "rgba.png": Image.fromarray(rgba),
-        "grey.png": Image.fromarray(rgb[..., 0]),
-        "palette.png": Image.fromarray(rgb).quantize(64),
-        "cmyk.jpg": Image.fromarray(rgb).convert("CMYK"),
-        "one.png": Image.fromarray(rgb).convert("1"),
-        "deep.png": Image.fromarray(rgb[..., 0].astype(np.uint16) * 257),
-    }
+    pictures = {"rgb.png": Image.fromarray(rgb),
+                "rgba.png": Image.fromarray(rgba),
+                "grey.png": Image.fromarray(rgb[..., 0]),
+                "palette.png": Image.fromarray(rgb).quantize(64),
+                "cmyk.jpg": Image.fromarray(rgb).convert("CMYK"),
+                "one.png": Image.fromarray(rgb).convert("1"),
+                "deep.png": Image.fromarray(rgb[..., 0].astype(np.uint16) * 257)}
     for name, picture in pictures.items():
         picture.save(tmp_path / name)
     for name in pictures:
@@ -78,9 +75,8 @@ def test_samples_follow_from_their_number(photos_folder):
     sample = lambda i, seed=0: subject_sample(photos, i, seed, 32, 48, 8, "V* dog")
     for i in range(6):
         (a, text, weight), (b, again, _) = sample(i), sample(i)
-        assert (
-            torch.equal(a, b) and text == again and "V*" in text and torch.equal(weight, torch.ones(4, 6))
-        )
+        assert torch.equal(a, b) and text == again and "V*" in text
+        assert torch.equal(weight, torch.ones(4, 6))
     assert not torch.equal(sample(0)[0], sample(0, seed=1)[0])
     captions = [sample(i)[1] for i in range(30)]
     assert captions.count("V* on a table") == 10  # every photo once per epoch; its own caption is used
@@ -99,16 +95,14 @@ def test_noise_and_prior_follow_from_the_samples_number():
 def test_custom_diffusions_rescaling(photos_folder):
     """Words, grey border and loss weight belong together, in the proportions that its authors give."""
     photos, beginnings = load_photos(photos_folder, 128)[:1], []
+    make_sample = CustomDiffusion.make_sample
     for i in range(300):
-        frame, caption, weight = subject_sample(
-            photos, i, 0, 128, 192, 8, "V* dog", CustomDiffusion.make_sample
-        )
+        frame, caption, weight = subject_sample(photos, i, 0, 128, 192, 8, "V* dog", make_sample)
         assert caption.endswith("photo of a V* dog") and frame.shape == (3, 128, 192)
         beginnings.append(caption.removesuffix("photo of a V* dog").strip())
         assert weight.mean().item() == pytest.approx(1, abs=1e-5)
-        cells = (
-            frame.unfold(1, 8, 8).unfold(2, 8, 8).abs().amax(dim=(0, 3, 4))
-        )  # (16, 24), 0 where all is grey
+        # (16, 24), 0 where a latent's 8x8 pixels are all grey
+        cells = frame.unfold(1, 8, 8).unfold(2, 8, 8).abs().amax(dim=(0, 3, 4))
         if beginnings[-1] in ("a far away", "very small"):
             assert (cells[weight > 0] > 0).all() and 0 < (weight > 0).sum() < (cells > 0).sum() < 16 * 24
         else:
@@ -127,7 +121,7 @@ def test_bad_folders_are_refused_and_bad_files_left_out(tmp_path, capsys):
         load_photos(tmp_path, 64)
     Image.fromarray(gradient()).save(tmp_path / "good.png")
     capsys.readouterr()
-    (photo,) = load_photos(tmp_path, 64)
+    photo, = load_photos(tmp_path, 64)
     assert np.array_equal(photo.image, gradient())
     assert "broken.jpg" in capsys.readouterr().err
     (tmp_path / "good.txt").write_bytes(b"\xff\xfe\x00")

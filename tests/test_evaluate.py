@@ -191,3 +191,19 @@ def test_refusals(tmp_path, photos_folder, clip, monkeypatch):
             evaluate.main()
     done = run("paper/evaluate.py", "--videos", videos, "--images", tmp_path / "none", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--images" in done.stderr, done.stderr
+
+
+def test_one_frame_has_no_motion_and_no_consistency(tower, clip, tmp_path, photos_folder, monkeypatch):
+    """Their cells stay empty, the report is plain JSON, and a folder that is given twice counts once."""
+    videos = write_videos(tmp_path / "v", [], {0: clip[:1], 1: clip})
+    monkeypatch.setattr(evaluate, "load_clip", small_tower)
+    monkeypatch.setattr(evaluate, "load_dino", small_tower)
+    flags = ["--videos", videos, videos, "--images", photos_folder]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, flags)])
+    evaluate.main()
+    text = (videos / "evaluation.json").read_text()
+    report = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    still, moving = report["videos"]
+    assert still["T.Cons"] is None and still["motion"] is None and moving["motion"] > 1
+    counts = {metric: numbers[2] for metric, numbers in report["folders"][str(videos)].items()}
+    assert counts["T.Cons"] == 1 and counts["CLIP-T"] == 2

@@ -1,5 +1,4 @@
 """Parity with the public VideoCrafter2 reference (tests/golden), through the converter."""
-
 import json
 
 import pytest
@@ -71,16 +70,7 @@ def test_ddims_steps_equal_reference(reference, golden, eta):
 @pytest.mark.parametrize("eta", [0, 1])
 def test_sampler_equals_reference(reference, golden, eta):
     noise = iter(golden["ddim10.eta1.noise"])
-    z_0 = ddim(
-        reference.unet,
-        reference.schedule,
-        golden["ddim.x_T"],
-        lambda: next(noise),
-        golden["ddim.context"],
-        golden["ddim.uncond"],
-        torch.tensor([28, 28]),
-        steps=10,
-        cfg=12.0,
-        eta=eta,
-    )
+    fps = torch.tensor([28, 28])
+    z_0 = ddim(reference.unet, reference.schedule, golden["ddim.x_T"], lambda: next(noise),
+               golden["ddim.context"], golden["ddim.uncond"], fps, steps=10, cfg=12.0, eta=eta)
     assert error(z_0, golden[f"ddim10.eta{eta}.z0"]) <= 1e-4

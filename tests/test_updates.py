@@ -2,7 +2,6 @@
 
 Eq. 2 itself is in test_paper.py. The methods are the paper's, its ablation "cross", and the two in paper/.
 """
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,9 +39,8 @@ def live_layers(unet, subject):
     return layers
 
 
-@pytest.mark.parametrize(
-    "method, count, size", [("cross", 48, 2), ("custom_diffusion", 32, 1), ("dreamvideo", 16, 4)]
-)
+@pytest.mark.parametrize("method, count, size", [
+    ("cross", 48, 2), ("custom_diffusion", 32, 1), ("dreamvideo", 16, 4)])
 def test_full_unet_has_the_baselines_targets(method, count, size):
     with torch.device("meta"):
         layers = add_layers(UNet(UNetConfig()), method, 4)
@@ -50,11 +48,8 @@ def test_full_unet_has_the_baselines_targets(method, count, size):
     names = METHODS["customcrafter" if method == "cross" else method].tensor_names
     assert all(len(layer.tensors()) == size == len(names) for layer in layers.values())
     if method == "dreamvideo":
-        assert {layer.down.weight.shape for layer in layers.values()} == {
-            (160, 320),
-            (320, 640),
-            (640, 1280),
-        }
+        shapes = {layer.down.weight.shape for layer in layers.values()}
+        assert shapes == {(160, 320), (320, 640), (640, 1280)}
     if method == "custom_diffusion":
         assert {layer.delta.shape for layer in layers.values()} == {(320, 1024), (640, 1024), (1280, 1024)}
 
@@ -87,9 +82,8 @@ def test_merged_equals_unmerged(base, base_folder, inputs, method):
 def test_lambda_zero_restores_the_base_bit_for_bit(base, inputs, method):
     before = {name: p.clone() for name, p in base.unet.state_dict().items()}
     first, second = ("customcrafter", "dreamvideo") if method == "a mix" else (method, method)
-    strength = Strength(
-        base.unet, [random_subject(base, method=first), random_subject(base, scale=0.1, method=second)]
-    )
+    subjects = [random_subject(base, method=first), random_subject(base, scale=0.1, method=second)]
+    strength = Strength(base.unet, subjects)
     with torch.no_grad():
         plain = base.unet(*inputs)
         for lam in (0.4, 0.8, -1.0):
