@@ -126,7 +126,7 @@ def main():
     lambdas = two_step_schedule(settings.lambda_s, settings.lambda_l, settings.K, settings.steps)
     if args.lambdas:
         lambdas = parse_lambdas(args.lambdas, settings.steps)
-        settings.lambda_l = lambdas[-1]  # the constant that --compare shows
+        settings.lambda_l = lambdas[-1]  # what --compare shows as constant
 
     # Load the base and the subjects, read the prompts.
     precision = pick_precision(args.precision, process.device)
@@ -218,8 +218,9 @@ def compare_variants(settings, lambdas, subjects):
     """Label -> (subjects, lambdas) of the three videos that --compare sets side by side."""
     if not subjects:
         raise BadInput("--compare: needs a subject")
-    constant = (subjects, [settings.lambda_l] * settings.steps)
-    return {"base": ([], lambdas), f"constant {settings.lambda_l:g}": constant, "schedule": (subjects, lambdas)}
+    last = settings.lambda_l
+    return {"base": ([], lambdas), f"constant {last:g}": (subjects, [last] * settings.steps),
+            "schedule": (subjects, lambdas)}
 
 
 # ------------------------------------------------------------------------------------------------------------

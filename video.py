@@ -16,8 +16,8 @@ from cli import BadInput, complete_or_absent, one_line
 
 
 # What ffmpeg makes of RGB: BT.601's matrix, sRGB's curve. Untagged, players guess another at HD sizes.
-COLOURS = ["-colorspace", "smpte170m", "-color_primaries", "bt709", "-color_trc", "iec61966-2-1",
-           "-color_range", "tv"]
+COLOURS = ["-color_range", "tv", "-colorspace", "smpte170m", "-x264-params",
+           "colorprim=bt709:transfer=iec61966-2-1:colormatrix=smpte170m"]
 
 
 def write_mp4(path, video, fps, quality):
