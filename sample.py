@@ -218,9 +218,8 @@ def compare_variants(settings, lambdas, subjects):
     """Label -> (subjects, lambdas) of the three videos that --compare sets side by side."""
     if not subjects:
         raise BadInput("--compare: needs a subject")
-    last = settings.lambda_l
-    return {"base": ([], lambdas), f"constant {last:g}": (subjects, [last] * settings.steps),
-            "schedule": (subjects, lambdas)}
+    constant = (subjects, [settings.lambda_l] * settings.steps)
+    return {"base": ([], lambdas), f"constant {constant[1][0]:g}": constant, "schedule": (subjects, lambdas)}
 
 
 # ------------------------------------------------------------------------------------------------------------
