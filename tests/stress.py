@@ -97,7 +97,7 @@ def stress(name, inputs, kills, rng):
 
 def first_name(file):
     """out/a-v-dog-5-2.gif -> out/a-v-dog-5.gif. A video without its JSON stays; the next is beside it."""
-    return re.sub(r"(-[45])-[0-9]+\.", r"\1.", file)
+    return re.sub(r"(dog-[0-9]+)-[0-9]+\.", r"\1.", file)
 
 
 def processes_of(pid):

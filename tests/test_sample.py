@@ -1,4 +1,4 @@
-"""Sampling: upstream's steps, what equals what, and the command line. test_paper.py has Algorithm 1 itself."""
+"""Sampling: upstream's steps, what equals what, the command line. test_paper.py has Algorithm 1 itself."""
 import json
 from dataclasses import replace
 
@@ -122,7 +122,7 @@ def test_command_line(base, base_folder, tmp_path, call):
     assert "tiny0" in lines[0] and "runs/dog/subject.safetensors" in lines[0]   # found without being named
     out, stem, names = tmp_path / "outputs", "a-v-dog-running-on-the-grass", []
     for seed in (3, 4):
-        names += [f"{stem}-{seed}.mp4", f"{stem}-{seed}.gif", f"{stem}-{seed}.json"]
+        names += [f"{stem}-{seed}.gif", f"{stem}-{seed}.mp4", f"{stem}-{seed}.json"]
     assert lines[-1] == "wrote " + " ".join(f"outputs/{name}" for name in names)
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
     for ending in ("mp4", "gif"):
