@@ -2,7 +2,6 @@
 
 No test is here, and no fixture (conftest.py has those).
 """
-
 import json
 import os
 import socket
@@ -28,25 +27,20 @@ from paper.baselines import METHODS  # noqa: E402
 # A tiny base, and subjects of it
 
 
-def write_base(folder, seed=0):
-    """A base folder with random weights, none of them zero, in which everything is small."""
+def write_base(folder, seed=0, vae_levels=4):
+    """A base folder with random weights, none of them zero, in which everything is small.
+
+    Latents are 2 ** (vae_levels - 1) times smaller than pixels.
+    """
     torch.manual_seed(seed)
     config = BaseConfig(
         name=f"tiny{seed}",
         text=TextConfig(width=32, heads=2, layers=1),
-        vae=VAEConfig(channels=8, channel_mult=(1, 1, 1, 1), num_res_blocks=1, norm_groups=4),
-        unet=UNetConfig(
-            channels=16,
-            channel_mult=(1, 2),
-            num_res_blocks=1,
-            attention_resolutions=(1, 2),
-            head_channels=8,
-            context_dim=32,
-            norm_groups=4,
-        ),
+        vae=VAEConfig(channels=8, channel_mult=(1,) * vae_levels, num_res_blocks=1, norm_groups=4),
+        unet=UNetConfig(channels=16, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2),
+                        head_channels=8, context_dim=32, norm_groups=4),
         sampling=SamplingDefaults(frames=3, height=32, width=48, fps=8, steps=4, K=2),
-        training=TrainingDefaults(rank=2, lr=1e-3, steps=4, num_prior=2),
-    )
+        training=TrainingDefaults(rank=2, lr=1e-3, steps=4, num_prior=2))
     states = {}
     for part in PARTS:
         network = build_part(part, config)
@@ -68,17 +62,8 @@ def random_subject(base, rank=2, scale=0.3, method="customcrafter"):
     targets = "all"
     if method == "cross":
         method, targets = "customcrafter", "cross"
-    subject = Subject(
-        "V*",
-        "dog",
-        rank,
-        base.config.name,
-        base.config.fingerprint,
-        7,
-        method,
-        {"targets": targets},
-        v_star=torch.randn(1, base.config.text.width),
-    )
+    subject = Subject("V*", "dog", rank, base.config.name, base.config.fingerprint, 7, method,
+                      {"targets": targets}, v_star=torch.randn(1, base.config.text.width))
     with torch.device("meta"):
         layers = METHODS[method].add_layers(build_part("unet", base.config), rank, targets)
     for name, layer in layers.items():
@@ -91,21 +76,12 @@ def random_subject(base, rank=2, scale=0.3, method="customcrafter"):
 
 
 GOLDEN = Path(__file__).parent / "golden"
-OFFICIAL = {
-    name: tuple(shape) for name, shape in json.loads((GOLDEN / "official_keys.json").read_text()).items()
-}
-SMALL = {
-    "text": TextConfig(width=64, heads=4, layers=2),
-    "vae": VAEConfig(channels=32, channel_mult=(1, 2, 2), num_res_blocks=1),
-    "unet": UNetConfig(
-        channels=32,
-        channel_mult=(1, 2),
-        num_res_blocks=1,
-        attention_resolutions=(1, 2),
-        head_channels=16,
-        context_dim=64,
-    ),
-}
+OFFICIAL = json.loads((GOLDEN / "official_keys.json").read_text())
+OFFICIAL = {name: tuple(shape) for name, shape in OFFICIAL.items()}
+SMALL = {"text": TextConfig(width=64, heads=4, layers=2),
+         "vae": VAEConfig(channels=32, channel_mult=(1, 2, 2), num_res_blocks=1),
+         "unet": UNetConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2),
+                            head_channels=16, context_dim=64)}
 
 
 def golden_weight(key, shape):
@@ -179,13 +155,8 @@ def fork_ranks(world, main, argv, cwd):
         port = server.getsockname()[1]
     pids = []
     for rank in range(world):
-        environment = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": world,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": port}
         before = lambda: os.environ.update({name: str(value) for name, value in environment.items()})
         pids.append(fork(main, argv, cwd, before, f"output-{rank}" if rank else "output"))
     return pids
@@ -193,14 +164,9 @@ def fork_ranks(world, main, argv, cwd):
 
 def run(script, *flags, cwd, launcher=()):
     """Runs a script in a process of its own -> CompletedProcess with text output."""
-    return subprocess.run(
-        [sys.executable, *launcher, str(ROOT / script), *map(str, flags)],
-        cwd=cwd,
-        text=True,
-        capture_output=True,
-        timeout=400,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
+    command = [sys.executable, *launcher, str(ROOT / script), *map(str, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True, timeout=400)
 
 
 def torchrun(processes):

@@ -13,6 +13,7 @@ from lora import LiveLoRA, add_lora, class_embedding, target_names
 from makers import random_subject, write_base
 from model import Tokenizer, UNet, UNetConfig
 from paper.baselines import METHODS, Strength
+from train import SubjectLoss
 
 EVERY_METHOD = ["customcrafter", "cross", "custom_diffusion", "dreamvideo"]
 
@@ -154,6 +155,19 @@ def test_custom_diffusion_learns_nothing_from_the_first_token(base):
     y = layer.linear(text[:, 1:]) + F.linear(text[:, 1:], layer.delta)
     y.pow(2).sum().backward()
     assert torch.allclose(layer.delta.grad, rest, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_loss_counts_only_where_the_weight_is(base):
+    """Custom Diffusion's weight (h, w): 2 in the left half and 0 in the right gives the left half's mean."""
+    loss = SubjectLoss(base, torch.randn(1, 32), {}, frames=3, fps=8)
+    photos, tokens = torch.rand(1, 3, 32, 48), Tokenizer(["V*"])(["a V* dog"])
+    t, eps = torch.tensor([500]), torch.randn(1, 4, 3, 4, 6)
+    left, right = torch.zeros(1, 4, 6), torch.zeros(1, 4, 6)
+    left[..., :3], right[..., 3:] = 2, 2
+    everywhere, on_left, on_right = (loss(photos, tokens, weight, t, eps)[0]
+                                     for weight in (torch.ones(1, 4, 6), left, right))
+    assert torch.allclose((on_left + on_right) / 2, everywhere) and not torch.allclose(on_left, on_right)
 
 
 def test_checkpointing_gives_the_same_gradients(base_folder, inputs):
