@@ -14,7 +14,6 @@ and the allocator take; `on_card` adds a guess.
 
 import argparse
 import multiprocessing
-import subprocess
 import sys
 import tempfile
 import time
