@@ -26,6 +26,10 @@ class BadInput(Exception):
     """A file or flag that the user has to change. Its line says which, what is wrong, and what is right."""
 
 
+class Busy(BadInput):
+    """A folder in which another run is writing: the one fault that waiting mends."""
+
+
 def run_script(main):
     """Runs `main()`, and turns every end of it into one line on stderr at most.
 
@@ -280,10 +284,7 @@ def complete_or_absent(path):
     folder instead, where none was. Raises BadInput if the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    if os.path.lexists(temporary):
-        raise BadInput(f"{temporary}: is in the way; move it elsewhere")
-    note_unfinished(temporary)
+    temporary = temporary_for(path)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -307,20 +308,24 @@ def remove(path):
 LOCK, RECORD = ".writer.lock", ".writer.unfinished"     # in a folder while a run writes there
 
 
-def note_unfinished(temporary):
-    """Writes a temporary path into the record of the writer of its folder, or of the folder above."""
+def temporary_for(path):
+    """A free path beside `path`, noted in the record of the writer of its folder, or of the folder above."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    if os.path.lexists(temporary):
+        raise BadInput(f"{temporary}: is in the way; move it elsewhere")
     for folder in temporary.absolute().parents[:2]:
         if (folder / RECORD).is_file():
             with open(folder / RECORD, "a", encoding="utf-8") as record:
                 record.write(json.dumps(str(temporary.absolute().relative_to(folder))) + "\n")
-            return
+            break
+    return temporary
 
 
-def remove_unfinished(folder):
-    """Removes exactly what the record of a killed run names. A name that leads elsewhere is passed over."""
-    record = folder / RECORD
+def unfinished(folder):
+    """The paths that the record of a writer of `folder` names. A name that leads elsewhere is passed over."""
+    record, found = folder / RECORD, []
     if not record.is_file():
-        return
+        return found
     for line in record.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             path = folder / json.loads(line)
@@ -328,7 +333,8 @@ def remove_unfinished(folder):
             continue
         inside = path.parent.resolve() in (folder.resolve(), folder.resolve() / path.parent.name)
         if inside and path.name.startswith(".tmp-"):
-            remove(path)
+            found.append(path)
+    return found
 
 
 @contextmanager
@@ -336,7 +342,7 @@ def only_writer(folder, rank=0):
     """Holds `folder` for this run until the block ends, and removes what a killed run left unfinished there.
 
     Of a run's processes only rank 0 does so. What is unfinished is known by the writer's record, not by its
-    name. Raises BadInput if another run writes there.
+    name. Raises Busy if another run writes there.
     """
     if rank > 0:
         yield
@@ -347,10 +353,10 @@ def only_writer(folder, rank=0):
     try:
         lock.acquire()
     except Timeout:
-        raise BadInput(f"{folder}: another run is writing there; wait for it, "
-                       f"or name another folder") from None
+        raise Busy(f"{folder}: another run is writing there; wait for it, or name another folder") from None
     try:
-        remove_unfinished(folder)
+        for path in unfinished(folder):
+            remove(path)
         (folder / RECORD).write_text("")
         yield
     finally:

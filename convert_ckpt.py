@@ -21,9 +21,9 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from cli import ROOT, BadInput, FlagParser, check_out, complete_or_absent, one_line, only_writer, run_script
-from config import BaseConfig, save_config
-from files import (PARTS, base_files, build_part, check_replaced, check_tensors, file_crc32, fingerprint,
-                   from_hub)
+from config import BaseConfig
+from files import (PARTS, base_files, build_part, check_replaced, check_tensors, fingerprint, from_hub,
+                   save_base_config)
 
 # Official name -> PART/name of ours. All rules are applied, in this order.
 RENAME = [
@@ -102,8 +102,7 @@ def convert(path, out, config, dtype):
         states = {}
         for part_path, (part, names) in zip(part_paths, plan.items()):
             states[part] = write_part(path, part_path, names, dtype if part == "unet" else torch.float32)
-        crc32 = tuple(file_crc32(part_path) for part_path in part_paths)
-        save_config(replace(config, fingerprint=fingerprint(states), crc32=crc32), config_path)
+        save_base_config(replace(config, fingerprint=fingerprint(states)), config_path, part_paths)
 
 
 def match_names(path, shapes, config):

@@ -22,7 +22,7 @@ from PIL import Image, ImageCms, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from cli import LOCK, RECORD, ROOT, BadInput, complete_or_absent, device_memory, one_line
+from cli import LOCK, RECORD, ROOT, BadInput, complete_or_absent, device_memory, one_line, unfinished
 from config import RANGES, BaseConfig, TrainingDefaults, load_config, save_config
 from lora import Subject
 from model import VAE, NoiseSchedule, TextEncoder, UNet
@@ -163,7 +163,8 @@ def base_files(folder):
 
 def check_replaced(out):
     """What a base will be written over in `out` is a base of this project, or nothing. Raises BadInput."""
-    found = {file.name for file in out.glob("*") if not file.name.startswith(".tmp-")} - {LOCK, RECORD}
+    killed_runs = {LOCK, RECORD} | {path.name for path in unfinished(out)}
+    found = {file.name for file in out.glob("*")} - killed_runs
     refusal = BadInput(f"--out {out}: exists and is not a base folder; name another")
     if "config.json" in found:
         try:
@@ -174,10 +175,9 @@ def check_replaced(out):
         raise refusal
 
 
-def save_base_config(config: BaseConfig, folder):
-    """Writes FOLDER/config.json with the checksums of the weight files that lie there."""
-    crc32 = tuple(file_crc32(Path(folder) / f"{part}.safetensors") for part in PARTS)
-    save_config(replace(config, crc32=crc32), Path(folder) / "config.json")
+def save_base_config(config: BaseConfig, path, weights):
+    """Writes a base's config.json to `path`, with the checksums of its `weights`, files in PARTS' order."""
+    save_config(replace(config, crc32=tuple(file_crc32(file) for file in weights)), path)
 
 
 def file_crc32(path):

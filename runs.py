@@ -22,7 +22,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from cli import BadInput, complete_or_absent, note_unfinished, one_line, only_writer, peak_memory
+from cli import (BadInput, Busy, complete_or_absent, one_line, only_writer, peak_memory,
+                 temporary_for)
 from files import check_tensors, check_values, file_crc32, save_subject, subject_tensors
 from video import labelled, slug, write_mp4
 
@@ -112,8 +113,8 @@ def prior_folder(out, base, sampling, class_word):
     """
     facts = {"class_word": class_word, "base_fingerprint": base.config.fingerprint,
              "precision": str(next(base.unet.parameters()).dtype)}
-    facts |= {name: getattr(sampling, name) for name in ("frames", "height", "width", "fps")}
-    facts |= {name: getattr(sampling, name) for name in ("save_fps", "steps", "cfg", "eta")}
+    pictures_depend_on = ("frames", "height", "width", "fps", "save_fps", "steps", "cfg", "eta")
+    facts |= {name: getattr(sampling, name) for name in pictures_depend_on}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     parent = out.parent if os.access(out.parent, os.W_OK) or not out.parent.exists() else out
     return parent / "prior" / f"{slug(base.config.name)}-{slug(class_word)}-{digest}", facts
@@ -128,9 +129,7 @@ def prior_writer(folder, facts, rank):
             try:
                 stack.enter_context(only_writer(folder, rank))
                 break
-            except BadInput as error:
-                if "another run" not in str(error):
-                    raise
+            except Busy:
                 if not told:
                     print(f"{folder}: another run makes this prior; waiting for it")
                 told = True
@@ -173,9 +172,7 @@ def save_training(out, subject, optimizer, keep_last):
         (folder / CHECKSUMS).write_text(json.dumps(checksums))
     publish(save)
     for old in saves(out)[:-keep_last]:
-        removed = old.with_name(f".tmp-{os.getpid()}-{old.name}")
-        note_unfinished(removed)
-        shutil.rmtree(old.rename(removed))
+        shutil.rmtree(old.rename(temporary_for(old)))
 
 
 def publish(save):

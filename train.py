@@ -55,8 +55,7 @@ class SubjectLoss(nn.Module):
         prior_context (B, L, D). 2B where there is a prior.
         """
         base, = self.frozen
-        with torch.no_grad():
-            z_0 = still_video(base.encode(photos), self.frames)             # (B, 4, T, h, w)
+        z_0 = still_video(base.encode(photos), self.frames)                 # (B, 4, T, h, w)
         context = base.text_encoder(tokens, self.v_star)                    # (B, L, D)
         if prior_z is not None:
             z_0 = torch.cat([z_0, prior_z])                                 # (2B, 4, T, h, w)

@@ -128,8 +128,8 @@ def add_evaluation(numbers, path):
 def train_subjects(args, trainings):
     """Name -> flags of train.py; each becomes a run under args.out. Returns name -> folder.
 
-    Each process takes one training at a time.
-    A training that has its last save is not started again; one that has an earlier save is resumed.
+    Each process takes one training at a time. A training that has its last save is not started again; one
+    that has an earlier save is resumed.
     """
     process = this_process()
     folders = {name: args.out / "runs" / slug(name) for name in trainings}

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from cli import run_script  # noqa: E402
 from config import BaseConfig, SamplingDefaults, TrainingDefaults  # noqa: E402
-from files import PARTS, build_part, fingerprint, save_base_config  # noqa: E402
+from files import PARTS, base_files, build_part, fingerprint, save_base_config  # noqa: E402
 from lora import Subject  # noqa: E402
 from model import TextConfig, UNetConfig, VAEConfig  # noqa: E402
 from paper.baselines import METHODS  # noqa: E402
@@ -52,7 +52,8 @@ def write_base(folder, seed=0, vae_levels=4):
     folder.mkdir(parents=True)
     for part, state in states.items():
         save_file(state, folder / f"{part}.safetensors")
-    save_base_config(config, folder)
+    config_path, *weights = base_files(folder)
+    save_base_config(config, config_path, weights)
     return folder
 
 

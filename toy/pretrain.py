@@ -26,8 +26,8 @@ from torch.optim.swa_utils import AveragedModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from cli import BadInput, FlagParser, check_out, complete_or_absent, join_processes, run_script, this_process
-from config import BaseConfig, SamplingDefaults, TrainingDefaults, check_flags, save_config
-from files import PARTS, build_part, file_crc32, fingerprint
+from config import BaseConfig, SamplingDefaults, TrainingDefaults, check_flags
+from files import base_files, build_part, fingerprint, save_base_config
 from model import (TRAIN_STEPS, VAE, Z_CHANNELS, NoiseSchedule, ScheduleConfig, TextConfig, Tokenizer,
                    UNetConfig, VAEConfig)
 from toy.world import SIZE, caption, draw_clip, random_look, random_scene
@@ -252,11 +252,10 @@ def export(args, process):
         with complete_or_absent(args.base / f"{part}.safetensors") as temporary:
             save_file(states[part], temporary)
     factor = load_file(args.out / "latents.safetensors")["factor"].item()
-    crc32 = tuple(file_crc32(args.base / f"{part}.safetensors") for part in PARTS)
-    config = replace(CONFIG, fingerprint=fingerprint(states), crc32=crc32,
-                     vae=replace(CONFIG.vae, latent_factor=factor))
-    with complete_or_absent(args.base / "config.json") as temporary:
-        save_config(config, temporary)
+    config = replace(CONFIG, fingerprint=fingerprint(states), vae=replace(CONFIG.vae, latent_factor=factor))
+    config_path, *weights = base_files(args.base)
+    with complete_or_absent(config_path) as temporary:
+        save_base_config(config, temporary, weights)
     print(f"wrote {args.base}: {parameters / 1e6:.2f} M parameters, fingerprint {config.fingerprint}")
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from config import load_config, save_config
-from files import load_base, save_base_config, save_subject
+from files import base_files, load_base, save_base_config, save_subject
 from makers import Bomb, golden_state, random_subject
 
 
@@ -146,7 +146,8 @@ def write_bases(folder, base_folder):
     for name, change in changes.items():
         bad = copy_base(folder, base_folder, f"base with {name}")
         change_unet(bad, change)
-        save_base_config(load_config(bad / "config.json"), bad)
+        config_path, *weights = base_files(bad)
+        save_base_config(load_config(config_path), config_path, weights)
     # ... and under those of the right tensors.
     bad = copy_base(folder, base_folder, "base with a number changed")
     change_unet(bad, lambda tensors: put_first(tensors["conv_out.weight"], 0.5))
