@@ -67,7 +67,7 @@ def pick_checkpointing(args, base, settings, sampling, rank):
         return args.grad_checkpointing
     clips = settings.batch_size * (2 if settings.alpha > 0 else 1)
     positions = sampling.frames * sampling.height * sampling.width / base.config.vae.factor ** 2
-    weights = [p for network in (base.unet, base.vae, base.text_encoder) for p in network.parameters()]
+    weights = [*base.unet.parameters(), *base.vae.parameters(), *base.text_encoder.parameters()]
     values = clips / 2 * positions / (16 * 40 * 64) * base.config.unet.channels / 320
     activations = 29.7 * 2**30 * values * base.unet.conv_out.weight.element_size() / 2
     needed = activations + sum(p.numel() * p.element_size() for p in weights)

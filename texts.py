@@ -86,10 +86,10 @@ def subject_caption(picture, placeholder, class_word):
 def read_prompts(path):
     """--prompts: a text file with a prompt or a # comment per line -> list of prompts. Raises BadInput."""
     try:
-        lines = [line.strip() for line in read_text(path).splitlines()]
+        lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise BadInput(f"--prompts {path}: not a readable UTF-8 text file ({error})") from None
-    prompts = [line for line in lines if line and not line.startswith("#")]
+    prompts = [line for line in lines if not line.startswith("#")]
     if not prompts:
         raise BadInput(f"--prompts {path}: holds no prompt; write one on each line")
     for prompt in prompts:

@@ -42,7 +42,9 @@ class SubjectLoss(nn.Module):
     def __init__(self, base, v_star, layers, frames, fps):
         super().__init__()
         self.v_star = nn.Parameter(v_star)
-        self.updates = nn.ParameterList(tensor for layer in layers.values() for tensor in layer.tensors())
+        self.updates = nn.ParameterList()
+        for layer in layers.values():
+            self.updates.extend(layer.tensors())
         self.frames, self.fps = frames, fps
         # In a tuple, the frozen base is no submodule: DistributedDataParallel neither sends nor averages it.
         self.frozen = (base,)

@@ -101,8 +101,8 @@ def meta_base(config, dtype):
 
 
 def weight_bytes(base):
-    parameters = [p for part in PARTS for p in getattr(base, part).parameters()]
-    return sum(p.numel() * p.element_size() for p in parameters)
+    weights = [*base.unet.parameters(), *base.vae.parameters(), *base.text_encoder.parameters()]
+    return sum(p.numel() * p.element_size() for p in weights)
 
 
 def latent_shape(config):
