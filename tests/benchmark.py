@@ -5,7 +5,7 @@
     python tests/benchmark.py --base toy/base     # a base's own weights and size
     python tests/benchmark.py --only "UNet call with guidance" --repeats 1      # some of the work
     python tests/benchmark.py --quick --scaling   # cost against frames, size, clips, rank, processes
-    python tests/benchmark.py --quick --profile   # where a UNet call's time goes, by kind of work
+    python tests/benchmark.py --quick --profile   # where the time goes, by kind of work
 
 Prints two tables, and writes them to --json. The first has, for each piece of work: its median time; its
 arithmetic, as torch counts it (matrix products, convolutions, attention); its rate; and that rate as a share
@@ -323,7 +323,7 @@ def time_training(processes, clips, steps=20):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Where a UNet call's time goes
+# Where the time goes
 
 
 COPIES = ("aten::copy_", "aten::cat", "aten::repeat_interleave", "aten::index_select")
@@ -352,23 +352,34 @@ def named_layers():
             layer.forward = forward
 
 
-@torch.no_grad()
 def print_profile(base, settings):
-    """A UNet call with guidance, by kind of layer: seconds in arithmetic, in copies, and in all else."""
+    """Seconds in arithmetic, copies and all else: of a guided UNet call by layer, and of a training step."""
     inputs = random_inputs(base, settings, 2)
-    base.unet(*inputs)
-    with named_layers(), torch.profiler.profile(acc_events=True) as found:
-        base.unet(*inputs)
-    table = {name: dict.fromkeys(KINDS, 0.0) for name in (*[layer.__name__ for layer in LAYERS], "other")}
-    for event in found.events():
-        inner = event
-        while inner and inner.name not in table:
-            inner = inner.cpu_parent
-        seconds = event.self_device_time_total if base.device.type == "cuda" else event.self_cpu_time_total
-        table[inner.name if inner else "other"][kind_of(event.name)] += seconds / 1e6
+    with named_layers():
+        table = profiled(torch.no_grad()(lambda: base.unet(*inputs)))
+    # The backward pass runs outside the layers' calls, so a training step has one row.
+    step = profiled(training_work(base, settings, base.config.training.rank)["training step"])
+    table["a training step"] = {kind: sum(row[kind] for row in step.values()) for kind in KINDS}
     print(f"\n| layer | {', s | '.join(KINDS)}, s |\n|---|---|---|---|")
     for name, seconds in table.items():
         print(f"| {name} | " + " | ".join(f"{seconds[kind]:.4f}" for kind in KINDS) + " |")
+
+
+def profiled(call):
+    """-> name of one of LAYERS, or "other" -> kind of work -> seconds. The first call only warms up."""
+    call()
+    with torch.profiler.profile(acc_events=True) as found:
+        call()
+    table = {name: dict.fromkeys(KINDS, 0.0) for name in (*[layer.__name__ for layer in LAYERS], "other")}
+    for event in found.events():
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # a kernel's time already stands with the operation that launched it
+        inner = event
+        while inner and inner.name not in table:
+            inner = inner.cpu_parent
+        seconds = event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
+        table[inner.name if inner else "other"][kind_of(event.name)] += seconds / 1e6
+    return table
 
 
 def kind_of(operation):
@@ -437,7 +448,7 @@ def parse_args():
     p.add_argument("--scaling", action="store_true",
                    help="in their place, how cost grows with frames, size, clips, rank and processes")
     p.add_argument("--profile", action="store_true",
-                   help="in their place, a UNet call's time by kind of work")
+                   help="in their place, a UNet call's and a training step's time by kind of work")
     p.add_argument("--json", type=Path, help="also write the numbers there")
     args = p.parse_args()
     check_flags(args, {"repeats": (1, 1000), "steps": (1, 999)})
