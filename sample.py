@@ -23,7 +23,7 @@ from config import (RANGES, SamplingDefaults, add_flags, add_speed_flags, check_
                     load_config, with_flags)
 from files import default_base, find_subjects, load_base, load_subject, subject_fingerprint
 from model import TRAIN_STEPS, Z_CHANNELS, Tokenizer
-from paper.baselines import Strength
+from paper.baselines import MergedSubjects
 from texts import pick_prompts, without_placeholders
 from video import check_formats, endings, free_path, save_video, sheet, side_by_side, slug
 
@@ -45,21 +45,21 @@ def ddim_steps(schedule, steps, eta):
 
 
 @torch.no_grad()
-def ddim(unet, schedule, z, noise, context, uncond, fps, steps, cfg, eta, strength=None, lambdas=None,
-         look=None):
+def ddim(unet, schedule, z, noise, context, uncond, fps, steps, cfg, eta, lora=None, lambdas=None,
+         on_step=None):
     """Algorithm 1. z (B, 4, T, h, w) standard normal -> z_0 of the same shape.
 
     noise: function of no arguments -> standard normal like z, called once per step if eta > 0.
     context (B, L, D), uncond (B or 1, L, D): the prompts, and the empty (or negative) prompt. fps (B,).
-    strength: sets lambda, to lambdas[i] at step i. look: function (i, z_0) that sees step i's predicted
-    clean latent. Raises BadInput where z stops being finite.
+    lora: sets lambda, to lambdas[i] at step i. on_step: function (i, z_0) that sees step i's predicted clean
+    latent. Raises BadInput where z stops being finite.
     """
     B, finite = z.shape[0], torch.zeros((), device=z.device)
     both = torch.cat([context, uncond.expand(B, -1, -1)])
     for i, (t, a, scale, a_next, scale_next, sigma) in enumerate(ddim_steps(schedule, steps, eta)):
         # Choose lambda: lambda_s for the first K steps, lambda_l after.
-        if strength:
-            strength.set(lambdas[i])
+        if lora:
+            lora.set(lambdas[i])
 
         # Predict the noise, with and without the text in one call, and guide it.
         t = torch.full((2 * B,), t, device=z.device)
@@ -72,8 +72,8 @@ def ddim(unet, schedule, z, noise, context, uncond, fps, steps, cfg, eta, streng
         if sigma > 0:
             z = z + sigma * noise()
         finite += z.isfinite().all()
-        if look:
-            look(i, z_0)
+        if on_step:
+            on_step(i, z_0)
     if finite < steps:  # asked once, at the end: a question at each step would make a GPU wait
         raise BadInput(f"--precision: the latent is not finite at step {int(finite) + 1} of {steps}; "
                        f"try float32 or bfloat16")
@@ -86,13 +86,13 @@ def two_step_schedule(lambda_s, lambda_l, K, steps):
 
 
 @torch.no_grad()
-def generate(base, prompts, seeds, subjects=(), settings=None, lambdas=None, negative_prompt="", look=None,
-             strength=None):
+def generate(base, prompts, seeds, subjects=(), settings=None, lambdas=None, negative_prompt="", on_step=None,
+             lora=None):
     """B prompts and seeds -> videos (B, T, H, W, 3) uint8, of the base or with one or more Subjects in it.
 
     settings: the base's SamplingDefaults, or `dataclasses.replace` of them. lambdas: one per step; left out,
-    the settings' two-step schedule. strength: what sets lambda; left out, the subjects' updates go into the
-    UNet. Clip b depends on its own seed alone: its noise is drawn on the CPU, and is the same everywhere.
+    the settings' two-step schedule. lora: sets lambda; left out, the subjects' updates go into the UNet.
+    Clip b depends on its own seed alone: its noise is drawn on the CPU, and is the same everywhere.
     """
     settings = settings or base.config.sampling
     lambdas = lambdas or two_step_schedule(settings.lambda_s, settings.lambda_l, settings.K, settings.steps)
@@ -106,12 +106,12 @@ def generate(base, prompts, seeds, subjects=(), settings=None, lambdas=None, neg
     noise = lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(base.device)
     fps = torch.full((len(prompts),), settings.fps, device=base.device)
 
-    strength = strength or Strength(base.unet, subjects)
+    lora = lora or MergedSubjects(base.unet, subjects)
     try:
         z_0 = ddim(base.unet, base.schedule, noise(), noise, encode(prompts), encode([negative_prompt]), fps,
-                   settings.steps, settings.cfg, settings.eta, strength, lambdas, look)
+                   settings.steps, settings.cfg, settings.eta, lora, lambdas, on_step)
     finally:
-        strength.set(0)
+        lora.set(0)
     return base.decode(z_0)
 
 
@@ -190,7 +190,7 @@ def make_batch(args, base, settings, batch, variants, bar):
         shown = (0, 1, 2, settings.K - 1, settings.K, 2 * settings.K, settings.steps // 2, settings.steps - 1)
     for label, (subjects, lambdas) in variants.items():
         process_shown = {}
-        def look(i, z_0):
+        def on_step(i, z_0):
             bar.update(len(batch))
             if i in shown:
                 process_shown[f"step {i + 1}, lambda {lambdas[i]:g}"] = base.decode(z_0).numpy()
@@ -199,7 +199,7 @@ def make_batch(args, base, settings, batch, variants, bar):
         if not subjects:  # the base is asked for the class
             placeholders = [subject["placeholder"] for subject in batch[0][1]["subjects"]]
             prompts = [without_placeholders(prompt, placeholders) for prompt in prompts]
-        made = generate(base, prompts, seeds, subjects, settings, lambdas, args.negative_prompt, look)
+        made = generate(base, prompts, seeds, subjects, settings, lambdas, args.negative_prompt, on_step)
         videos[label] = made.numpy()
 
     written = []

@@ -18,8 +18,8 @@ def check_placeholder(placeholder, flag="--placeholder"):
 
 
 def default_prompt(settings, subjects):
-    words = [f"{subject.placeholder} {subject.class_word}" for subject in subjects]
-    return settings.prompt.replace("V* {class word}", " and a ".join(words))
+    names = [f"{subject.placeholder} {subject.class_word}" for subject in subjects]
+    return settings.prompt.replace("V* {class word}", " and a ".join(names))
 
 
 def without_placeholders(prompt, placeholders):
@@ -27,8 +27,8 @@ def without_placeholders(prompt, placeholders):
 
     The placeholders are found as the text tower finds them, by Tokenizer.
     """
-    words = Tokenizer.cutter(placeholders).pattern
-    prompt = re.sub(rf"(?:\b(?:called|named)\s+)?(?:{words})(?:['’]s\b|-\w+)?", " ", prompt)
+    names = Tokenizer.cutter(placeholders).pattern
+    prompt = re.sub(rf"(?:\b(?:called|named)\s+)?(?:{names})(?:['’]s\b|-\w+)?", " ", prompt)
     return re.sub(r"\s+([,.;:!?])", r"\1", " ".join(prompt.split()))
 
 

@@ -153,7 +153,7 @@ def main():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-            # Log, look, save.
+            # Log, preview, save.
             subject.steps = step
             log(step, loss=subject_loss, prior_loss=prior_loss, grad_norm=norm, lr=settings.lr)
             if process.rank == 0:
@@ -228,14 +228,14 @@ def generate_prior(folder, facts, caption, count, sampling, base, process):
             dist.barrier()
 
 
-def preview(base, sampling, subject, strength):
+def preview(base, sampling, subject, lora):
     """The default prompt with the same two seeds each time -> videos (2, T, H, W, 3), label.
 
     Too many steps freeze the motion. Here a person sees it come, and can take an earlier save.
     """
     prompt = default_prompt(sampling, [subject])
-    videos = generate(base, [prompt] * 2, (0, 1), [subject], sampling, strength=strength).numpy()
-    strength.set(1.0)
+    videos = generate(base, [prompt] * 2, (0, 1), [subject], sampling, lora=lora).numpy()
+    lora.set(1.0)
     return videos, f"step {subject.steps}: {prompt}"
 
 

@@ -206,18 +206,18 @@ class DreamVideo:
 METHODS = {"customcrafter": CustomCrafter, "custom_diffusion": CustomDiffusion, "dreamvideo": DreamVideo}
 
 
-class Strength:
-    """Sets lambda of several subjects at once, each in its method's way."""
+class MergedSubjects:
+    """Sets lambda of several subjects at once, each as its method does."""
 
     def __init__(self, unet: UNet, subjects):
-        by_way = {}
+        by_class = {}
         for subject in subjects:
-            by_way.setdefault(METHODS[subject.method].merge, []).append(subject)
-        self.ways = [merge(unet, *subjects) for merge, subjects in by_way.items()]
+            by_class.setdefault(METHODS[subject.method].merge, []).append(subject)
+        self.merged = [merge(unet, *subjects) for merge, subjects in by_class.items()]
 
     def set(self, lam):
-        for way in self.ways:
-            way.set(lam)
+        for merged in self.merged:
+            merged.set(lam)
 
 
 def add_method_flags(parser):

@@ -53,11 +53,12 @@ ANIMALS = {"dog", "cat", "bird", "duck", "goose", "hen", "chicken", "owl", "parr
 def published_trainings(paper_steps):
     """Name of a training -> its flags of train.py. "Longer" is twice as long here; the paper does not say."""
     custom_diffusion = METHODS["custom_diffusion"].published["steps"]
-    dreamvideo, words = (METHODS["dreamvideo"].published[name] for name in ("steps", "word_steps"))
+    dreamvideo, word_steps = (METHODS["dreamvideo"].published[name] for name in ("steps", "word_steps"))
     return {"Custom Diffusion": {"method": "custom_diffusion", "steps": custom_diffusion},
             "Custom Diffusion, longer": {"method": "custom_diffusion", "steps": 2 * custom_diffusion},
             "DreamVideo": {"method": "dreamvideo", "steps": dreamvideo},
-            "DreamVideo, longer": {"method": "dreamvideo", "steps": 2 * dreamvideo, "word_steps": 2 * words},
+            "DreamVideo, longer": {"method": "dreamvideo", "steps": 2 * dreamvideo,
+                                   "word_steps": 2 * word_steps},
             "cross": {"targets": "cross", "steps": paper_steps},
             "all": {"steps": paper_steps}}
 
@@ -104,8 +105,8 @@ def main():
 
 def write_prompts(path, class_word):
     """The ten prompts of an animal or an object, with its class word in them -> path."""
-    kind = "animals" if class_word in ANIMALS else "objects"
-    text = (ROOT / "paper" / "prompts" / f"{kind}.txt").read_text(encoding="utf-8")
+    prompt_list = "animals" if class_word in ANIMALS else "objects"
+    text = (ROOT / "paper" / "prompts" / f"{prompt_list}.txt").read_text(encoding="utf-8")
     with complete_or_absent(path) as temporary:
         temporary.write_text(text.replace("{class word}", class_word), encoding="utf-8")
     return path
@@ -145,20 +146,20 @@ def train_subjects(args, trainings):
     for name in list(trainings)[process.rank::process.world]:
         flags, folder = trainings[name], folders[name]
         if not (folder / f"step-{flags['steps']:06d}").exists():
-            words = []
+            training_flags = []
             for flag, value in flags.items():
-                words += [f"--{flag}"] if value is True else [f"--{flag}", value]
+                training_flags += [f"--{flag}"] if value is True else [f"--{flag}", value]
             start = "--resume" if newest_save(folder) else "--out"
-            command(f"training {name}", sys.executable, ROOT / "train.py", "--base", args.base, *words,
-                    start, folder, environment=environment)
+            command(f"training {name}", sys.executable, ROOT / "train.py", "--base", args.base,
+                    *training_flags, start, folder, environment=environment)
     if process.world > 1:
         dist.barrier()
     return folders
 
 
-def command(what, *words, environment=None):
+def command(what, *arguments, environment=None):
     """Runs a command to its end. Raises BadInput if the command fails, having said why itself."""
-    if subprocess.run([str(word) for word in words], env=environment).returncode:
+    if subprocess.run([str(argument) for argument in arguments], env=environment).returncode:
         raise BadInput(f"{what}: stopped, see above; the same command goes on with it")
 
 

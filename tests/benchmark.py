@@ -193,12 +193,12 @@ def sampling_work(base, settings):
     merged = MergedLoRA(base.unet, random_subject(base, base.config.training.rank, scale=0.01))
     lambdas = two_step_schedule(settings.lambda_s, settings.lambda_l, settings.K, settings.steps)
 
-    def video(strength):
+    def video(lora):
         noise = lambda: torch.randn_like(z[:1])
         ddim(base.unet, base.schedule, z[:1], noise, both[:1], both[1:], fps[:1], settings.steps,
-             settings.cfg, settings.eta, strength, lambdas)
-        if strength:
-            strength.set(0)
+             settings.cfg, settings.eta, lora, lambdas)
+        if lora:
+            lora.set(0)
 
     def separate():
         for i in range(2):

@@ -206,7 +206,7 @@ def test_algorithm_1_lambda_s_for_K_steps_then_lambda_l(base):
     z, context = torch.randn(1, 4, 3, 4, 6), torch.randn(1, 77, 32)
     noise = lambda: torch.randn_like(z)
     ddim(watched_unet, base.schedule, z, noise, context, context, FPS[:1], steps=6, cfg=12.0, eta=1.0,
-         strength=MergedLoRA(base.unet, subject), lambdas=two_step_schedule(0.4, 0.8, 2, 6))
+         lora=MergedLoRA(base.unet, subject), lambdas=two_step_schedule(0.4, 0.8, 2, 6))
     assert torch.allclose(torch.stack(seen), torch.tensor([0.4, 0.4, 0.8, 0.8, 0.8, 0.8]), atol=1e-3)
 
 
@@ -217,7 +217,7 @@ def test_algorithm_1_guidance():
     predicts_its_context = lambda z_t, t, fps, context: context[:, :1, :1, None, None].expand_as(z_t)
     predictions = []
     ddim(predicts_its_context, schedule, z, None, text, none, FPS[:1], steps=1, cfg=12.0, eta=0.0,
-         look=lambda i, z_0: predictions.append(z_0))
+         on_step=lambda i, z_0: predictions.append(z_0))
 
     (t, alpha_bar, scale, *_), = ddim_steps(schedule, 1, 0.0)
     eps = 0.1 + 12.0 * (0.3 - 0.1)

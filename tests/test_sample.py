@@ -32,12 +32,12 @@ def sample(base, lambdas=None, subject=None, seed=0, steps=6):
     generator = torch.Generator().manual_seed(seed)
     noise = lambda: torch.randn((1, 4, 3, 4, 6), generator=generator)
     context = torch.randn(1, 77, 32, generator=torch.Generator().manual_seed(5))
-    strength = MergedLoRA(base.unet, subject) if subject else None
+    lora = MergedLoRA(base.unet, subject) if subject else None
     fps = torch.tensor([8])
-    z_0 = ddim(base.unet, base.schedule, noise(), noise, context, 0 * context, fps, steps, 3.0, 1.0, strength,
+    z_0 = ddim(base.unet, base.schedule, noise(), noise, context, 0 * context, fps, steps, 3.0, 1.0, lora,
                lambdas)
-    if strength:
-        strength.set(0)
+    if lora:
+        lora.set(0)
     return z_0
 
 

@@ -12,7 +12,7 @@ from files import load_base, load_subject, save_subject, subject_fingerprint, su
 from lora import LiveLoRA, add_lora, class_embedding, target_names
 from makers import random_subject, write_base
 from model import Tokenizer, UNet, UNetConfig
-from paper.baselines import METHODS, Strength
+from paper.baselines import METHODS, MergedSubjects
 from train import SubjectLoss
 
 EVERY_METHOD = ["customcrafter", "cross", "custom_diffusion", "dreamvideo"]
@@ -84,13 +84,13 @@ def test_lambda_zero_restores_the_base_bit_for_bit(base, inputs, method):
     before = {name: p.clone() for name, p in base.unet.state_dict().items()}
     first, second = ("customcrafter", "dreamvideo") if method == "a mix" else (method, method)
     subjects = [random_subject(base, method=first), random_subject(base, scale=0.1, method=second)]
-    strength = Strength(base.unet, subjects)
+    merged = MergedSubjects(base.unet, subjects)
     with torch.no_grad():
         plain = base.unet(*inputs)
         for lam in (0.4, 0.8, -1.0):
-            strength.set(lam)
+            merged.set(lam)
         assert not torch.equal(base.unet(*inputs), plain)
-        strength.set(0)
+        merged.set(0)
         assert torch.equal(base.unet(*inputs), plain)
     after = base.unet.state_dict()
     assert list(after) == list(before)
@@ -104,7 +104,7 @@ def test_subjects_of_different_methods_are_added(base, base_folder, inputs):
     # The adapters come last: until they are in their blocks, attn2 has the name that LoRA looks for.
     layers = [*live_layers(live.unet, mixed[0]).values(), *live_layers(live.unet, mixed[1]).values()]
     LiveLoRA(layers).set(0.4)
-    Strength(base.unet, mixed).set(0.4)
+    MergedSubjects(base.unet, mixed).set(0.4)
     with torch.no_grad():
         assert torch.allclose(base.unet(*inputs), live.unet(*inputs), atol=1e-4)
 
@@ -123,7 +123,7 @@ def test_dreamvideos_adapter_reads_what_is_not_normalised(base):
             down, down_bias, up, up_bias = subject.updates[name]
             added = added + F.gelu(h @ down.T + down_bias) @ up.T + up_bias
         h = block.attn2(block.norm2(h), text) + h + 0.4 * added
-        Strength(base.unet, subjects).set(0.4)
+        MergedSubjects(base.unet, subjects).set(0.4)
         assert torch.allclose(block(x, text), h + block.ff(block.norm3(h)), atol=1e-4)
 
 
