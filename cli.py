@@ -91,7 +91,7 @@ class Progress(tqdm):
 
     def __init__(self, *args, **kwargs):
         self.plain = not sys.stderr.isatty()
-        self.told, self.told_n = time.monotonic(), None
+        self.told, self.told_n = time.monotonic(), kwargs.get("initial", 0)
         if self.plain:  # without `leave`, tqdm ends its last line with nothing of its own
             form = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
             kwargs |= {"bar_format": form, "leave": False}

@@ -38,8 +38,9 @@ class Samples:
     """What a training sees. Sample number i is the same on any number of processes, and after any stop."""
 
     def __init__(self, photos, subject_words, prior_count, seed, sampling, factor, make_sample, flip):
-        self.photos, self.subject_words, self.prior_count, self.flip = photos, subject_words, prior_count, flip
-        self.seed, self.sampling, self.factor, self.make_sample = seed, sampling, factor, make_sample
+        self.photos, self.subject_words, self.prior_count = photos, subject_words, prior_count
+        self.seed, self.sampling, self.factor = seed, sampling, factor
+        self.make_sample, self.flip = make_sample, flip
 
     def batch(self, numbers):
         """B sample numbers -> frames (B, 3, H, W), captions, weights (B, h, w); t (B,), eps (B, 4, T, h, w);

@@ -206,6 +206,10 @@ def fingerprint(states):
 def from_hub(repository, file, flag, advice):
     """A file of the Hugging Face hub -> its path in the hub's cache. Raises BadInput that names `flag`."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars
+    if not sys.stderr.isatty():
+        print(f"{flag}: {file} of https://huggingface.co/{repository}, downloaded unless it is in the cache")
+        disable_progress_bars()
     try:
         return Path(hf_hub_download(repository, file))
     except Exception as error:  # the hub's, the network's and the disk's own errors share no base class
@@ -342,6 +346,7 @@ def pick_images(args, config):
 PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
 UNREAD_PICTURES = {".heic", ".heif", ".jxl", ".raw", ".dng", ".cr2", ".nef", ".svg", ".psd"}
 MOST_PIXELS = 250_000_000  # a phone's 200 MP; 0.75 GB as RGB
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, 179 million, calls such a photo an attack
 VIDEOS = {".mp4", ".webm", ".avi", ".mov", ".mkv"}
 
 

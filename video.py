@@ -27,8 +27,8 @@ def write_mp4(path, video, fps, quality):
     try:
         iio.imwrite(path, video, plugin="FFMPEG", fps=fps, codec="libx264", quality=quality,
                     macro_block_size=1, output_params=COLOURS)
-        if path.stat().st_size > 0 and len(read_video(path)) == len(video):  # imageio hides ffmpeg's failure
-            return
+        if path.stat().st_size > 0 and len(read_video(path)) == len(video):
+            return  # asked, since imageio hides ffmpeg's failure
     except (OSError, BadInput):  # ffmpeg ended early, or what it wrote is no video
         pass
     raise BadInput(f"{path.parent}: ffmpeg did not write all {len(video)} frames of an mp4 there; is the disk "
