@@ -31,8 +31,8 @@ def write_mp4(path, video, fps, quality):
             return  # asked, since imageio hides ffmpeg's failure
     except (OSError, BadInput):  # ffmpeg ended early, or what it wrote is no video
         pass
-    raise BadInput(f"{path.parent}: ffmpeg did not write all {len(video)} frames of an mp4 there; make room, or "
-                   f"an ffmpeg with libx264, or pass --format gif")
+    raise BadInput(f"{path.parent}: ffmpeg did not write all {len(video)} frames of an mp4 there; make room, "
+                   f"take an ffmpeg with libx264, or pass --format gif")
 
 
 def write_gif(path, video, fps):
