@@ -87,10 +87,10 @@ def subject_caption(picture, placeholder, class_word):
     return caption
 
 
-def counted(photos):
-    """What a training has read: "4 photos (3 with captions)"."""
+def counted(photos, subject_words):
+    """What a training has read: "4 photos of V* dog, 3 with a caption"."""
     captions = sum(bool(photo.caption) for photo in photos)
-    return f"{len(photos)} photos ({captions} with captions)"
+    return f"{len(photos)} photos of {subject_words}, {captions} with a caption"
 
 
 def read_prompts(path):

@@ -88,7 +88,7 @@ def main():
     photos = load_photos(images, max(sampling.height, sampling.width), args.placeholder, class_word)
     subject_words = f"{args.placeholder} {class_word}"
     if process.rank == 0:
-        print(f"base {args.base} ({config.name}), subject {images}: {counted(photos)} of {subject_words}")
+        print(f"base {args.base} ({config.name}), subject {images}: {counted(photos, subject_words)}")
         warn_of_photos(photos, sampling.height, sampling.width)
     prior = encode_prior(args, out, class_word, settings, sampling, base, process) if settings.alpha else None
 

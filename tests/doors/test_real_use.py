@@ -62,7 +62,7 @@ def test_the_first_lines_count_photos_and_captions(start, tmp_path):
     (tmp_path / "photos" / "3.txt").write_text("a V* dog of a photo that was deleted")
     assert wait(start("--alpha", 0)) == 0
     lines = (tmp_path / "output").read_text().splitlines()
-    assert "3 photos (2 with captions) of V* dog" in lines[0]
+    assert "3 photos of V* dog, 2 with a caption" in lines[0]
     assert [line for line in lines if "3.txt" in line] == [
         "warning: photos: 3.txt: left out: no photo has this name, or it has another caption"]
 
