@@ -54,7 +54,7 @@ def run_script(main):
             end_with(f"error: {line}", 2)
         if out_of_memory(error):
             end_with(f"error: out of memory ({line}); fewer --frames, a smaller --height and --width, "
-                     f"--batch_size 1 or --grad_checkpointing need less", 2)
+                     f"--batch_size 1, and in training --grad_checkpointing need less", 2)
         end_with(f"unexpected: {type(error).__name__}: {line}; please report, --traceback shows it", 1)
 
 

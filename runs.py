@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from cli import (BadInput, Busy, Progress, complete_or_absent, one_line, only_writer, peak_memory,
+from cli import (BadInput, Busy, Progress, check_out, complete_or_absent, one_line, only_writer, peak_memory,
                  temporary_for)
 from files import check_tensors, check_values, file_crc32, save_subject, subject_tensors
 from video import check_ffmpeg, labelled, slug, write_mp4
@@ -41,7 +41,9 @@ def pick_run(out, resume, default):
     if out and holds_run(out):
         raise BadInput(f"--out {out}: holds a run; --resume {out} goes on with it, another --out starts anew")
     names = [default, *(default.with_name(f"{default.name}-{n}") for n in range(2, 10_000))]
-    return out or next(name for name in names if not holds_run(name)), None
+    run = out or next(name for name in names if not holds_run(name))
+    check_out(run)
+    return run, None
 
 
 def default_run(images):
@@ -122,8 +124,12 @@ def prior_folder(out, base, sampling, class_word):
     pictures_depend_on = ("frames", "height", "width", "fps", "save_fps", "steps", "cfg", "eta")
     facts |= {name: getattr(sampling, name) for name in pictures_depend_on}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-    parent = out.parent if os.access(out.parent, os.W_OK) or not out.parent.exists() else out
-    return parent / "prior" / f"{slug(base.config.name)}-{slug(class_word)}-{digest}", facts
+    folder = Path("prior") / f"{slug(base.config.name)}-{slug(class_word)}-{digest}"
+    try:
+        check_out(out.parent / folder)
+    except BadInput:  # nothing may be written there, or the prior there is another user's
+        return out / folder, facts
+    return out.parent / folder, facts
 
 
 @contextmanager

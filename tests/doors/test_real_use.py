@@ -23,7 +23,7 @@ from lora import MergedLoRA
 from makers import fork, random_subject, wait
 from paper import protocol
 from paper.baselines import CustomDiffusion
-from texts import read_caption
+from texts import check_placeholder, check_prompts, read_caption, read_prompts
 from video import labelled, read_video, write_mp4
 
 
@@ -83,6 +83,17 @@ def test_many_named_photos_stay_one_line(tmp_path, capsys):
     warn_of_photos(photos, 32, 32)
     line, = capsys.readouterr().err.splitlines()
     assert "4.png and 25 more" in line and "5.png" not in line.replace("25 more", "")
+
+
+def test_prompts_of_other_programs_and_long_negative_prompts_are_named(tmp_path, capsys):
+    (tmp_path / "p").write_text("a V* dog --n low quality --w 512\na V* dog - running\n# a V* dog --n x\n")
+    assert len(read_prompts(tmp_path / "p")) == 2
+    warning, = capsys.readouterr().err.splitlines()
+    assert "'a V* dog --n low quality --w 512' holds flags" in warning
+    check_prompts(["bad " * 80], [], "--negative_prompt")
+    assert "--negative_prompt: only 75 tokens are read" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="does not begin with #"):
+        check_placeholder("#dog")
 
 
 @pytest.mark.parametrize("make_sample", [None, CustomDiffusion.make_sample])
@@ -172,6 +183,26 @@ def test_a_deleted_prior_picture_is_made_again(start, tmp_path):
     assert (prior / "0000.png").stat().st_mtime_ns == kept.st_mtime_ns
     again = np.asarray(Image.open(prior / "0001.png"))  # alone in its batch, so up to rounding
     assert np.abs(again.astype(int) - deleted).max() <= 1
+
+
+@pytest.mark.parametrize("refused, place", [("", "exp"), ("exp", "exp/dog"), ("exp/prior", "exp/dog")])
+def test_the_prior_lies_beside_out_or_in_it(base, tmp_path, monkeypatch, refused, place):
+    """root may write everywhere, so what may not be written to is made up."""
+    (tmp_path / "exp" / "prior").mkdir(parents=True)
+    access = os.access
+    refuses = tmp_path / refused if refused else None
+    monkeypatch.setattr(os, "access", lambda path, mode: path != refuses and access(path, mode))
+    if refused == "exp":
+        (tmp_path / "exp" / "prior").rmdir()
+    folder, _ = runs.prior_folder(tmp_path / "exp" / "dog", base, base.config.sampling, "dog")
+    assert folder.parent == tmp_path / place / "prior"
+
+
+def test_a_working_folder_that_is_read_only_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(BadInput, match=f"--out runs/dog: {tmp_path} may not be written to"):
+        runs.pick_run(None, "", runs.Path("runs/dog"))
 
 
 def test_the_protocol_makes_a_deleted_subject_again(start, tmp_path, monkeypatch):
