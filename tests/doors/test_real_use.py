@@ -68,12 +68,12 @@ def test_the_first_lines_count_photos_and_captions(start, tmp_path):
 
 
 def test_a_photo_that_the_frame_hardly_holds_is_named_once(tmp_path, capsys):
-    sizes = {"portrait.jpg": (900, 1600), "wide.jpg": (2400, 700), "fits.jpg": (1600, 1000),
-             "half.jpg": (800, 1000), "tiny.jpg": (320, 200)}
+    sizes = {"portrait.jpg": (900, 1200), "wide.jpg": (2400, 700), "fits.jpg": (1600, 1000),
+             "half.jpg": (800, 1000), "flat.jpg": (700, 300)}
     photos = [Photo(Image.new("RGB", size), "", tmp_path / name) for name, size in sizes.items()]
     warn_of_photos(photos, 320, 512)
     small, cut = capsys.readouterr().err.splitlines()
-    assert small.startswith(f"warning: {tmp_path}: tiny.jpg: smaller than the frame of 512x320")
+    assert small.startswith(f"warning: {tmp_path}: flat.jpg: smaller than the frame of 512x320")
     assert cut.startswith(f"warning: {tmp_path}: portrait.jpg, wide.jpg: the frame of 512x320")
     assert "--height and --width" in cut
 
