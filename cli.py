@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 ROOT = Path(__file__).parent
 
@@ -52,7 +54,7 @@ def run_script(main):
             end_with(f"error: {line}", 2)
         if out_of_memory(error):
             end_with(f"error: out of memory ({line}); fewer --frames, a smaller --height and --width, "
-                     f"--batch_size 1 or --grad_checkpointing need less", 2)
+                     f"--batch_size 1, and in training --grad_checkpointing need less", 2)
         end_with(f"unexpected: {type(error).__name__}: {line}; please report, --traceback shows it", 1)
 
 
@@ -81,6 +83,35 @@ def printable(text):
     """Text from a file as one line that a terminal shows and does not obey: "\\x1b" for an escape code."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
                    for c in str(text))
+
+
+class Progress(tqdm):
+    """A progress bar on a terminal. Elsewhere, as in a log file, a plain line now and then and at the end."""
+    every = 30.0    # seconds
+
+    def __init__(self, *args, **kwargs):
+        self.plain = not sys.stderr.isatty()
+        self.told, self.told_n = time.monotonic(), kwargs.get("initial", 0)
+        if self.plain:  # without `leave`, tqdm ends its last line with nothing of its own
+            form = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+            kwargs |= {"bar_format": form, "leave": False}
+        super().__init__(*args, **kwargs)
+
+    def display(self, msg=None, pos=None):
+        if not self.plain:
+            return super().display(msg, pos)
+        if msg is None and time.monotonic() - self.told >= self.every:
+            self.tell()
+
+    def tell(self):
+        self.told, self.told_n = time.monotonic(), self.n
+        named = f"{self.desc.rstrip(': ')}: " if self.desc else ""
+        print(f"{named}{self}", file=self.fp, flush=True)
+
+    def close(self):
+        if self.plain and not self.disable and self.n != self.told_n:
+            self.tell()
+        super().close()
 
 
 class FlagParser(argparse.ArgumentParser):

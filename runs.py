@@ -20,12 +20,11 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tqdm import tqdm
 
-from cli import (BadInput, Busy, complete_or_absent, one_line, only_writer, peak_memory,
+from cli import (BadInput, Busy, Progress, check_out, complete_or_absent, one_line, only_writer, peak_memory,
                  temporary_for)
 from files import check_tensors, check_values, file_crc32, save_subject, subject_tensors
-from video import labelled, slug, write_mp4
+from video import check_ffmpeg, labelled, slug, write_mp4
 
 
 SAVE_FILES = {"subject.safetensors", "state.pt"}        # and CHECKSUMS, which former versions did not write
@@ -42,7 +41,14 @@ def pick_run(out, resume, default):
     if out and holds_run(out):
         raise BadInput(f"--out {out}: holds a run; --resume {out} goes on with it, another --out starts anew")
     names = [default, *(default.with_name(f"{default.name}-{n}") for n in range(2, 10_000))]
-    return out or next(name for name in names if not holds_run(name)), None
+    run = out or next(name for name in names if not holds_run(name))
+    check_out(run)
+    return run, None
+
+
+def default_run(images):
+    """runs/NAME, as the folder of photos is called where it was typed: a link keeps its own name."""
+    return Path("runs") / Path(os.path.abspath(images)).name
 
 
 def pick_resumed_run(out, resume, default):
@@ -111,13 +117,19 @@ def prior_folder(out, base, sampling, class_word):
 
     Its name ends with a digest of all that its pictures depend on, and its prior.json records it.
     """
+    if sampling.frames > 1:
+        check_ffmpeg("--prior_motion", "or leave --prior_motion out")
     facts = {"class_word": class_word, "base_fingerprint": base.config.fingerprint,
              "precision": str(next(base.unet.parameters()).dtype)}
     pictures_depend_on = ("frames", "height", "width", "fps", "save_fps", "steps", "cfg", "eta")
     facts |= {name: getattr(sampling, name) for name in pictures_depend_on}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-    parent = out.parent if os.access(out.parent, os.W_OK) or not out.parent.exists() else out
-    return parent / "prior" / f"{slug(base.config.name)}-{slug(class_word)}-{digest}", facts
+    folder = Path("prior") / f"{slug(base.config.name)}-{slug(class_word)}-{digest}"
+    try:
+        check_out(out.parent / folder)
+    except BadInput:  # nothing may be written there, or the prior there is another user's
+        return out / folder, facts
+    return out.parent / folder, facts
 
 
 @contextmanager
@@ -156,7 +168,7 @@ def run_settings(settings, sampling, args):
     """The flags that a resumed training has to have in common with its save."""
     found = {name: getattr(settings, name) for name in ("rank", "lr", "weight_decay", "alpha")}
     found |= {name: getattr(sampling, name) for name in ("frames", "height", "width", "fps")}
-    from_args = ("seed", "placeholder", "method", "targets", "word_steps", "word_lr")
+    from_args = ("seed", "placeholder", "no_flip", "method", "targets", "word_steps", "word_lr")
     return found | {name: getattr(args, name) for name in from_args}
 
 
@@ -185,8 +197,9 @@ def load_training(save, subject, optimizer, steps):
     """Puts a save into `subject` and `optimizer` -> its step. Raises BadInput if it is another run's."""
     state, tensors = read_save(save)
     flags = {"clips_a_step": "batch_size times --grad_accum times processes", "photos": "images"}
+    saved = {"no_flip": False} | state["settings"]  # former versions always mirrored
     for name, value in subject.settings.items():
-        before = state["settings"].get(name)
+        before = saved.get(name)
         if before != value:
             raise BadInput(f"--{flags.get(name, name)}: is {value}, and was {before} in the run that {save} "
                            f"is from")
@@ -277,7 +290,7 @@ class Log:
             with complete_or_absent(path) as temporary:  # steps after the save are done and logged again
                 temporary.write_text("".join(line for line in lines[:first] if line.endswith("\n")))
             self.file = open(path, "a", buffering=1)
-        self.bar = tqdm(desc="train", unit="step", initial=first, total=steps, disable=rank > 0)
+        self.bar = Progress(desc="train", unit="step", initial=first, total=steps, disable=rank > 0)
         self.time, self.mean = time.time(), None
 
     def __call__(self, step, **numbers):
@@ -309,6 +322,7 @@ def save_preview(out, step, videos, label, width=96):
     images = [Image.fromarray(frame).resize((width, height)) for frame in frames]
     with complete_or_absent(out / "previews" / f"step-{step:06d}.png") as temporary:
         labelled(images, label).save(temporary)
-    rows = [np.asarray(Image.open(path)) for path in sorted((out / "previews").glob("step-*.png"))]
+    previews = sorted((out / "previews").glob("step-*.png"), key=lambda path: (len(path.name), path.name))
+    rows = [np.asarray(Image.open(path)) for path in previews]  # as numbers: 1000000 after 999999
     with complete_or_absent(out / "preview.png") as temporary:
         Image.fromarray(np.concatenate(rows)).save(temporary)

@@ -15,10 +15,9 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from cli import (BadInput, FlagParser, as_on_rank_0, check_out, only_writer, peak_memory, pick_precision,
-                 run_script, this_process)
+from cli import (BadInput, FlagParser, Progress, as_on_rank_0, check_out, only_writer, peak_memory,
+                 pick_precision, run_script, this_process)
 from config import (RANGES, SamplingDefaults, add_flags, add_speed_flags, check_flags, check_sampling,
                     load_config, with_flags)
 from files import default_base, find_subjects, load_base, load_subject, subject_fingerprint
@@ -160,7 +159,8 @@ def main():
     variants = compare_variants(settings, lambdas, subjects) if args.compare else {"": (subjects, lambdas)}
     steps = sum(len(batch) for batch in mine) * len(variants) * settings.steps
     written = []
-    with only_writer(args.out, process.rank), tqdm(total=steps, unit="step", disable=process.rank > 0) as bar:
+    bar = Progress(total=steps, unit="step", disable=process.rank > 0)
+    with only_writer(args.out, process.rank), bar:
         for number, batch in enumerate(mine, 1):
             bar.set_description(f"batch {number}/{len(mine)}")
             written += make_batch(args, base, settings, batch, variants, bar)

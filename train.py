@@ -19,21 +19,20 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-from cli import (BadInput, FlagParser, check_out, join_processes, pick_precision, run_script,
+from cli import (BadInput, FlagParser, Progress, check_out, join_processes, pick_precision, run_script,
                  stop_signals, this_process)
 from config import (RANGES, SamplingDefaults, TrainingDefaults, add_flags, add_speed_flags, check_flags,
                     check_sampling, load_config, with_flags)
 from data import Samples, load_photos, load_prior, still_video
-from files import default_base, load_base, pick_checkpointing, pick_images
+from files import default_base, load_base, pick_checkpointing, pick_images, warn_of_photos
 from lora import LiveLoRA, Subject
 from model import Tokenizer
 from paper.baselines import METHODS, add_method_flags, fill_published
-from runs import (Log, load_training, newest_save, pick_run, prior_folder, prior_writer, run_settings,
-                  run_writer, save_fingerprint, save_preview, save_prior_clip, save_training)
+from runs import (Log, default_run, load_training, newest_save, pick_run, prior_folder, prior_writer,
+                  run_settings, run_writer, save_fingerprint, save_preview, save_prior_clip, save_training)
 from sample import generate
-from texts import check_placeholder, default_prompt
+from texts import check_placeholder, counted, default_prompt
 
 
 class SubjectLoss(nn.Module):
@@ -80,7 +79,7 @@ def main():
     sampling = with_flags(config.sampling, args, only=("frames", "height", "width"))
     check_sampling(config, sampling)
     images, class_word = pick_images(args, config)
-    out, last_save = pick_run(args.out, args.resume, Path("runs") / images.resolve().name)
+    out, last_save = pick_run(args.out, args.resume, default_run(images))
     join_processes(process, base=config.fingerprint, save=save_fingerprint(last_save))
 
     # Load the base and the photos. Make or read the class prior, and encode it once.
@@ -89,9 +88,9 @@ def main():
     photos = load_photos(images, max(sampling.height, sampling.width), args.placeholder, class_word)
     subject_words = f"{args.placeholder} {class_word}"
     if process.rank == 0:
-        print(f"base {args.base} ({config.name}), subject {images}: {len(photos)} photos of {subject_words}")
-    use_prior = settings.alpha > 0
-    prior = encode_prior(args, out, class_word, settings, sampling, base, process) if use_prior else None
+        print(f"base {args.base} ({config.name}), subject {images}: {counted(photos, subject_words)}")
+        warn_of_photos(photos, sampling.height, sampling.width)
+    prior = encode_prior(args, out, class_word, settings, sampling, base, process) if settings.alpha else None
 
     # Create what is trained: V*, started from the class word, and the updates of the spatial attention.
     method = METHODS[args.method]
@@ -121,7 +120,7 @@ def main():
     tokenizer = Tokenizer([args.placeholder])
     prior_count = len(prior[0]) if prior else 0
     samples = Samples(photos, subject_words, prior_count, args.seed, sampling, config.vae.factor,
-                      method.make_sample)
+                      method.make_sample, not args.no_flip)
 
     def next_batch(step, round):
         """This process's share of the samples, as SubjectLoss takes them."""
@@ -220,7 +219,7 @@ def generate_prior(folder, facts, caption, count, sampling, base, process):
             dist.barrier()
         numbers = [k for k in range(process.rank, count, process.world) if not path(k).exists()]
         batches = [numbers[i:i + size] for i in range(0, len(numbers), size)]
-        for batch in tqdm(batches, desc="prior", unit="batch", disable=process.rank > 0):
+        for batch in Progress(batches, desc="prior", unit="batch", disable=process.rank > 0):
             videos = generate(base, [caption] * len(batch), batch, settings=sampling).numpy()
             for k, video in zip(batch, videos):
                 save_prior_clip(path(k), video, sampling.save_fps)
@@ -252,6 +251,7 @@ def parse_args():
     p.add_argument("--class_word", default="",
                    help="what the subject is, such as dog; V* starts from its embedding")
     p.add_argument("--placeholder", default="V*", help="how prompts name the subject (default: %(default)s)")
+    p.add_argument("--no_flip", action="store_true", help="never mirror a photo: for text, for asymmetry")
     add_method_flags(p)
     p.add_argument("--prior", type=Path,
                    help="folder with pictures or videos of the class; left out: the base makes them, once")

@@ -3,7 +3,9 @@
 Nothing to run here, and nothing of the paper. Videos are (T, H, W, 3) uint8.
 """
 import json
+import os
 import re
+import subprocess
 import unicodedata
 from itertools import islice
 
@@ -22,10 +24,15 @@ COLOURS = ["-color_range", "tv", "-colorspace", "smpte170m", "-x264-params",
 
 def write_mp4(path, video, fps, quality):
     """Video -> H.264. macro_block_size 1 keeps the size, which imageio else rounds up to 16 in silence."""
-    iio.imwrite(path, video, plugin="FFMPEG", fps=fps, codec="libx264", quality=quality, macro_block_size=1,
-                output_params=COLOURS)
-    if path.stat().st_size == 0 or len(read_video(path)) != len(video):  # imageio hides ffmpeg's failure
-        raise BadInput(f"{path}: ffmpeg did not write all {len(video)} frames; is the disk full?")
+    try:
+        iio.imwrite(path, video, plugin="FFMPEG", fps=fps, codec="libx264", quality=quality,
+                    macro_block_size=1, output_params=COLOURS)
+        if path.stat().st_size > 0 and len(read_video(path)) == len(video):
+            return  # asked, since imageio hides ffmpeg's failure
+    except (OSError, BadInput):  # ffmpeg ended early, or what it wrote is no video
+        pass
+    raise BadInput(f"{path.parent}: ffmpeg did not write all {len(video)} frames of an mp4 there; make room, "
+                   f"take an ffmpeg with libx264, or pass --format gif")
 
 
 def write_gif(path, video, fps):
@@ -43,13 +50,20 @@ def write_gif(path, video, fps):
 
 def check_formats(formats):
     """There is an ffmpeg if mp4 is asked. Raises BadInput."""
-    if "mp4" not in formats:
-        return
+    if "mp4" in formats:
+        check_ffmpeg("--format mp4", "or pass --format gif")
+
+
+def check_ffmpeg(flag, other_way):
+    """An ffmpeg is there, and runs. Raises BadInput that names `flag`."""
+    named = os.environ.get("IMAGEIO_FFMPEG_EXE")
+    advice = "unset IMAGEIO_FFMPEG_EXE" if named else "pip install imageio[ffmpeg]"
     try:
-        imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError as error:
-        raise BadInput(f"--format mp4: needs ffmpeg ({one_line(error)}); pip install imageio[ffmpeg], "
-                       f"or pass --format gif") from None
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-version"]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        raise BadInput(f"{flag}: needs ffmpeg, which does not run ({one_line(error)}); {advice}, "
+                       f"{other_way}") from None
 
 
 def read_video(path):
@@ -58,6 +72,8 @@ def read_video(path):
     try:
         return iio.imread(path, **reader)
     except Exception as error:  # imageio's plugins each raise their own
+        if path.suffix == ".mp4":
+            check_ffmpeg(path, "or move the mp4 away if its gif will do")
         hint = "delete its JSON and sample it again"
         raise BadInput(f"{path}: not a readable video ({one_line(error)}); {hint}") from None
 
