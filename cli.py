@@ -3,6 +3,7 @@
 Nothing to run here, and nothing of the paper. A reader of the method may skip this page.
 """
 import argparse
+import errno
 import json
 import os
 import re
@@ -10,16 +11,30 @@ import shutil
 import signal
 import sys
 import traceback
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from filelock import FileLock, Timeout
-
 ROOT = Path(__file__).parent
+
+
+def end_at_once(number, frame):
+    os.write(2, b"stopped\n")
+    os._exit(130)
+
+
+# Ctrl-C while the libraries below and the pages' own are imported, when nothing has begun. So a script imports
+# this page first. Another program that imports this page, such as a notebook, keeps its own Ctrl-C.
+OUR_SCRIPT = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve().parent in (
+    ROOT.resolve(), ROOT.resolve() / "paper", ROOT.resolve() / "toy")
+if OUR_SCRIPT and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, end_at_once)
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from filelock import FileLock, Timeout  # noqa: E402
 
 
 class BadInput(Exception):
@@ -40,6 +55,9 @@ def run_script(main):
     sys.argv[1:] = [flag for flag in sys.argv[1:] if flag != "--traceback"]
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    warnings.formatwarning = lambda message, *_: f"warning: {one_line(message)}\n"
+    if signal.getsignal(signal.SIGINT) is end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
@@ -48,11 +66,15 @@ def run_script(main):
         if show_traceback:
             traceback.print_exc()
         line = one_line(error)
-        if isinstance(error, (BadInput, OSError)):
-            end_with(f"error: {line}", 2)
         if out_of_memory(error):
             end_with(f"error: out of memory ({line}); fewer --frames, a smaller --height and --width, "
                      f"--batch_size 1 or --grad_checkpointing need less", 2)
+        if isinstance(error, OSError) and error.filename:
+            line = f"{printable(error.filename)}: {line}"
+        if disk_is_full(error):
+            line = f"{line}; the disk is full, make room or name another --out"
+        if isinstance(error, (BadInput, OSError)):
+            end_with(f"error: {line}", 2)
         end_with(f"unexpected: {type(error).__name__}: {line}; please report, --traceback shows it", 1)
 
 
@@ -66,15 +88,21 @@ def end_with(line, code):
 
 def out_of_memory(error):
     """Whether the device or the CPU had too little memory. PyTorch's CPU says so in its text alone."""
-    too_little = ("can't allocate memory", "not enough memory", "out of memory")
+    too_little = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        getattr(error, "errno", None) == errno.ENOMEM) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in too_little))
 
 
+def disk_is_full(error):
+    """Whether the disk, or this user's share of it, had no room."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+
+
 def one_line(error):
-    """An error's first line, printable."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return printable(lines[0])
+    """An error as one printable line: the system's reason without its number, of a library's the first."""
+    text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
+    return printable(text if isinstance(error, BadInput) else text.splitlines()[0])
 
 
 def printable(text):

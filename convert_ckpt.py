@@ -16,11 +16,11 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from cli import ROOT, BadInput, FlagParser, check_out, complete_or_absent, one_line, only_writer, run_script
 import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from cli import ROOT, BadInput, FlagParser, check_out, complete_or_absent, one_line, only_writer, run_script
 from config import BaseConfig
 from files import (PARTS, base_files, build_part, check_replaced, check_tensors, fingerprint, from_hub,
                    save_base_config)

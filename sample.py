@@ -14,11 +14,11 @@ import secrets
 import time
 from pathlib import Path
 
+from cli import (BadInput, FlagParser, as_on_rank_0, check_out, only_writer, peak_memory, pick_precision,
+                 run_script, this_process)
 import torch
 from tqdm import tqdm
 
-from cli import (BadInput, FlagParser, as_on_rank_0, check_out, only_writer, peak_memory, pick_precision,
-                 run_script, this_process)
 from config import (RANGES, SamplingDefaults, add_flags, add_speed_flags, check_flags, check_sampling,
                     load_config, with_flags)
 from files import default_base, find_subjects, load_base, load_subject, subject_fingerprint

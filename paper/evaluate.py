@@ -20,6 +20,9 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from cli import (BadInput, FlagParser, check_out, complete_or_absent, join_processes, one_line, run_script,
+                 this_process)
 import numpy as np
 import open_clip
 import timm
@@ -31,9 +34,6 @@ from safetensors.torch import load_file
 from torchvision import transforms
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from cli import (BadInput, FlagParser, check_out, complete_or_absent, join_processes, one_line, run_script,
-                 this_process)
 from data import load_photos
 from files import check_tensors, check_values, from_hub
 from texts import without_placeholders
