@@ -112,27 +112,49 @@ def printable(text):
 
 
 class FlagParser(argparse.ArgumentParser):
+    MAY_BE_EMPTY = ("--negative_prompt",)
+
     def parse_args(self, args=None, namespace=None):
-        """As argparse's. No flag that names something may be empty: its shell variable is unset."""
-        args = sys.argv[1:] if args is None else list(args)
-        takes_path = ("--base", "--images", "--out", "--prior", "--resume", "--subject", "--class_word")
-        for flag, value in zip(args, [*args[1:], None]):
-            name, equals, given = flag.partition("=")
-            if equals:
-                value = given
-            if name in takes_path and value is not None and not value.strip():
+        """As argparse's. No flag may be empty, as an unset shell variable leaves it, or no text.
+
+        A shell does not expand the ~ in --out=~/videos; this does.
+        """
+        args, name = sys.argv[1:] if args is None else list(args), "argument 1"
+        for i, arg in enumerate(args):
+            value = arg
+            if arg.startswith("--"):
+                name, equals, value = arg.partition("=")
+                if value.startswith("~/"):
+                    args[i] = f"{name}={os.path.expanduser(value)}"
+                if not equals:
+                    continue
+            if not value.strip() and name not in self.MAY_BE_EMPTY:
                 raise BadInput(f"{name}: is empty; name something, or leave {name} out")
-        return super().parse_args(args, namespace)
+        found = super().parse_args(args, namespace)
+        for name, value in vars(found).items():
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and not is_text(text) and not os.path.lexists(text):
+                    raise BadInput(f"--{name} {printable(text)}: holds bytes that are not "
+                                   f"{sys.getfilesystemencoding()}; write it in that encoding")
+        return found
 
     def error(self, message):
         raise BadInput(f"{message}; --help lists all flags")
 
 
+def is_text(text):
+    """Whether it can be written as UTF-8. Other bytes of a command line or a file name come as surrogates."""
+    try:
+        return bool(text.encode("utf-8")) or not text
+    except UnicodeEncodeError:
+        return False
+
+
 def check_out(out):
     """--out is, or can become, a folder to write into. Raises BadInput."""
-    if out.is_symlink() and not out.exists():
-        raise BadInput(f"--out {out}: is a link to nothing; name a folder")
-    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    nearest = next(folder for folder in (out, *out.absolute().parents) if os.path.lexists(folder))
+    if not nearest.exists():
+        raise BadInput(f"--out {out}: {nearest} is a link to nothing; name a folder")
     if not nearest.is_dir():
         raise BadInput(f"--out {out}: {nearest} is a file; name a folder")
     if not os.access(nearest, os.W_OK):
@@ -301,6 +323,41 @@ def stop_signals():
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Files from elsewhere
+
+
+def check_regular(path):
+    """Raises OSError where there is a pipe or a device, which could be read for ever, or a folder."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+
+
+def read_bytes(path, count):
+    """The first `count` bytes of a file. Raises OSError."""
+    check_regular(path)
+    with open(path, "rb") as f:
+        return f.read(count)
+
+
+def read_text(path, limit=10**6):
+    """A text file, with BOM or without. Raises ValueError (over `limit` bytes, not UTF-8 text) or OSError."""
+    content = read_bytes(path, limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"it is larger than {limit:,} bytes")
+    if b"\0" in content:
+        raise ValueError("it is binary")
+    return content.decode("utf-8-sig")
+
+
+def read_json(path, limit=10**7):
+    """A JSON file's content. Raises ValueError, also where it is nested for ever, or OSError."""
+    try:
+        return json.loads(read_text(path, limit))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Files that appear whole or not at all, in a folder with one writer
 
 
@@ -316,10 +373,13 @@ def complete_or_absent(path):
     try:
         yield temporary
         os.replace(temporary, path)
-    except Exception:  # every library reports a full disk in its own way
-        if shutil.disk_usage(path.parent).free < 2**20:
+    except Exception as error:  # every library reports a full disk in its own way
+        if disk_is_full(error) or shutil.disk_usage(path.parent).free < 2**20:
             advice = "make room, or name another --out"
             raise BadInput(f"{path}: not written, the disk is full; {advice}") from None
+        if temporary.name in str(error):  # which is no name that a user knows
+            line = one_line(error).replace(str(temporary), str(path))
+            raise BadInput(line if str(path) in line else f"{path}: not written ({line})") from error
         raise
     finally:
         remove(temporary)
@@ -385,6 +445,7 @@ def only_writer(folder, rank=0):
     try:
         for path in unfinished(folder):
             remove(path)
+        (folder / RECORD).unlink(missing_ok=True)  # the link, where it is one, and not what it points to
         (folder / RECORD).write_text("")
         yield
     finally:

@@ -10,7 +10,7 @@ import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path, PureWindowsPath
 
-from cli import BadInput, one_line, printable
+from cli import BadInput, one_line, printable, read_json
 from model import TRAIN_STEPS, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 
 
@@ -105,14 +105,12 @@ RANGES = {
 def load_config(path):
     """config.json -> BaseConfig. Raises BadInput that names the entry whose name, type or range is wrong."""
     path = Path(path)
-    if path.exists() and not path.is_file():
-        raise BadInput(f"{path}: is not a regular file; --base takes a folder made by convert_ckpt.py")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; --base takes a folder made by convert_ckpt.py, "
                        f"or toy/base") from None
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         raise BadInput(f"{path}: not a readable JSON file ({one_line(error)})") from None
     config = read_entries(BaseConfig, values, path, "")
     if len(config.crc32) not in (0, 3):

@@ -22,7 +22,8 @@ from PIL import Image, ImageCms, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from cli import LOCK, RECORD, ROOT, BadInput, complete_or_absent, device_memory, one_line, unfinished
+from cli import (LOCK, RECORD, ROOT, BadInput, check_regular, complete_or_absent, device_memory, one_line,
+                 unfinished)
 from config import RANGES, BaseConfig, TrainingDefaults, load_config, save_config
 from lora import Subject
 from model import VAE, NoiseSchedule, TextEncoder, UNet
@@ -118,6 +119,7 @@ def load_base(folder, device="cpu", dtype=torch.float32):
 def read_weights(path, crc32):
     """A base's .safetensors file -> name -> tensor. Raises BadInput; `crc32` None checks no bytes."""
     try:
+        check_regular(path)
         if crc32 is not None and file_crc32(path) != crc32:
             raise ValueError("its bytes are not those that config.json was written for")
         return load_file(path)
@@ -128,6 +130,15 @@ def read_weights(path, crc32):
     except Exception as error:  # SafetensorError, OSError or ValueError, by the kind of damage
         raise BadInput(f"{path}: not a readable safetensors file ({one_line(error)}); "
                        f"convert or copy it again") from None
+
+
+def is_plain_state(state):
+    """Whether a pickle gave a dictionary of text -> tensors with values: not sparse, nested or meta."""
+    if not isinstance(state, dict) or not state:
+        return False
+    plain = lambda x: (torch.is_tensor(x) and x.layout == torch.strided and x.device.type == "cpu"
+                       and not x.is_nested and not x.is_quantized)
+    return all(isinstance(name, str) and plain(x) for name, x in state.items())
 
 
 def check_tensors(path, found, expected):
@@ -163,16 +174,22 @@ def base_files(folder):
 
 def check_replaced(out):
     """What a base will be written over in `out` is a base of this project, or nothing. Raises BadInput."""
+    was_killed = (out / RECORD).exists()  # a run that is killed leaves its record
     killed_runs = {LOCK, RECORD} | {path.name for path in unfinished(out)}
     found = {file.name for file in out.glob("*")} - killed_runs
     refusal = BadInput(f"--out {out}: exists and is not a base folder; name another")
     if "config.json" in found:
         try:
-            load_config(out / "config.json")
+            config = load_config(out / "config.json")
+            if not config.crc32 or not config.fingerprint:  # which every base of ours has
+                raise refusal
         except BadInput:
             raise refusal from None
-    elif not found <= {file.name for file in base_files(out)}:
+    elif found and not (was_killed and found <= {file.name for file in base_files(out)}):
         raise refusal
+    for file in base_files(out):
+        if file.is_symlink() or (file.exists() and not file.is_file()):
+            raise BadInput(f"--out {out}: {file.name} in it is no file of ours; name another folder")
 
 
 def save_base_config(config: BaseConfig, path, weights):
@@ -181,6 +198,7 @@ def save_base_config(config: BaseConfig, path, weights):
 
 
 def file_crc32(path):
+    check_regular(path)
     crc32 = 0
     with open(path, "rb") as f:
         while block := f.read(2**22):
@@ -255,6 +273,7 @@ def load_subject(path, base: Base):
     """safetensors file -> Subject for this base. Raises BadInput: not a subject, another base's, damaged."""
     path = Path(path)
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as f:
             facts = f.metadata() or {}
             tensors = {name: f.get_tensor(name) for name in f.keys()}
@@ -313,6 +332,7 @@ def find_subjects(given, base_fingerprint):
     trained = sorted(found, key=lambda path: path.stat().st_mtime)
     for path in [*reversed(trained), Path(os.path.relpath(ROOT / "toy" / "subject.safetensors"))]:
         try:
+            check_regular(path)
             with safe_open(path, framework="pt") as f:
                 if (f.metadata() or {}).get("base_fingerprint") == base_fingerprint:
                     return [path]

@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from cli import BadInput
+from cli import BadInput, one_line, read_text
 from model import TEXT_LENGTH, Tokenizer
 
 
@@ -37,19 +37,6 @@ def made_up_words(prompt):
     return re.findall(r"(?<!\w)(?:<[\w-]+>|[A-Za-z]\w*\*)(?!\w)", prompt)
 
 
-def read_text(path, limit=10**6):
-    """A text file, with BOM or without. Raises ValueError (over `limit` bytes, not UTF-8 text) or OSError."""
-    if path.exists() and not path.is_file():  # a pipe or a device could be read for ever
-        raise ValueError("it is not a regular file")
-    with open(path, "rb") as f:
-        content = f.read(limit + 1)
-    if len(content) > limit:
-        raise ValueError(f"it is larger than {limit:,} bytes")
-    if b"\0" in content:
-        raise ValueError("it is binary")
-    return content.decode("utf-8-sig")
-
-
 def read_caption(path):
     """NAME.txt -> its text on one line; empty if there is no file. Raises BadInput if it is no UTF-8 text."""
     try:
@@ -57,7 +44,7 @@ def read_caption(path):
     except FileNotFoundError:
         return ""
     except (ValueError, OSError) as error:
-        raise BadInput(f"{path}: not a readable UTF-8 text file ({error}); "
+        raise BadInput(f"{path}: not a readable UTF-8 text file ({one_line(error)}); "
                        f"write the picture's caption there or delete it") from None
 
 
@@ -88,7 +75,7 @@ def read_prompts(path):
     try:
         lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise BadInput(f"--prompts {path}: not a readable UTF-8 text file ({error})") from None
+        raise BadInput(f"--prompts {path}: not a readable UTF-8 text file ({one_line(error)})") from None
     prompts = [line for line in lines if not line.startswith("#")]
     if not prompts:
         raise BadInput(f"--prompts {path}: holds no prompt; write one on each line")

@@ -12,7 +12,7 @@ import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageDraw
 
-from cli import BadInput, complete_or_absent, one_line
+from cli import BadInput, check_regular, complete_or_absent, one_line, read_json
 
 
 # What ffmpeg makes of RGB: BT.601's matrix, sRGB's curve. Untagged, players guess another at HD sizes.
@@ -56,6 +56,7 @@ def read_video(path):
     """mp4 or gif -> video. Raises BadInput."""
     reader = {"plugin": "FFMPEG"} if path.suffix == ".mp4" else {"plugin": "pillow", "mode": "RGB"}
     try:
+        check_regular(path)
         return iio.imread(path, **reader)
     except Exception as error:  # imageio's plugins each raise their own
         hint = "delete its JSON and sample it again"
@@ -91,7 +92,7 @@ def free_path(folder, stem, facts, endings):
     Files of that name without a JSON are someone else's, or a killed run's, and stay.
     """
     for path in [folder / stem, *(folder / f"{stem}-{i}" for i in range(2, 10_000))]:
-        found = read_json(path.with_name(f"{path.name}.json"))
+        found = facts_beside(path.with_name(f"{path.name}.json"))
         present = [path.with_name(f"{path.name}{ending}").exists() for ending in endings]
         if found is None and not any(present):
             return path
@@ -99,10 +100,10 @@ def free_path(folder, stem, facts, endings):
             return None if all(present) else path
 
 
-def read_json(path):
-    """A JSON file -> its entries; None if there is no such file, {} if it is not one of ours."""
+def facts_beside(path):
+    """The JSON beside a video -> its entries; None if there is no such file, {} if it is not one of ours."""
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = read_json(path)
         return facts if isinstance(facts, dict) else {}
     except FileNotFoundError:
         return None

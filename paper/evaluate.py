@@ -21,8 +21,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from cli import (BadInput, FlagParser, check_out, complete_or_absent, join_processes, one_line, run_script,
-                 this_process)
+from cli import (BadInput, FlagParser, check_out, check_regular, complete_or_absent, join_processes, one_line,
+                 read_json, run_script, this_process)
 import numpy as np
 import open_clip
 import timm
@@ -35,7 +35,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from data import load_photos
-from files import check_tensors, check_values, from_hub
+from files import check_tensors, check_values, from_hub, is_plain_state
 from texts import without_placeholders
 from video import read_video
 
@@ -194,10 +194,13 @@ def load_weights(model, path, flag, repository, file):
     """A local file, else the hub's, into `model`, strictly. Raises BadInput. Nothing in the file is run."""
     path = path or from_hub(repository, file, flag, f"name it with {flag} PATH")
     try:
+        check_regular(path)
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+        if not is_plain_state(state):
+            raise ValueError("it is no dictionary of plain tensors")
     except Exception as error:  # pickle, zip, TorchScript, safetensors and the disk each raise their own
         raise BadInput(f"{flag} {path}: not readable as plain weights ({one_line(error)}); "
                        f"{file} of {repository} is") from None
@@ -218,7 +221,7 @@ def find_videos(folders):
             raise BadInput(f"--videos {folder}: no such folder; name one that sample.py wrote into")
         for path in sorted(folder.glob("*.json")):
             try:
-                facts = json.loads(path.read_text(encoding="utf-8"))
+                facts = read_json(path)
                 describe(path, facts), facts["seed"] + 0
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 continue  # no video of ours, such as evaluation.json
