@@ -25,8 +25,8 @@ def end_at_once(number, frame):
     os._exit(130)
 
 
-# Ctrl-C while the libraries below and the pages' own are imported, when nothing has begun. So a script imports
-# this page first. Another program that imports this page, such as a notebook, keeps its own Ctrl-C.
+# Ctrl-C while libraries are imported, when nothing has begun. So a script imports this page before the others.
+# Another program that imports this page, such as a notebook, keeps its own Ctrl-C.
 OUR_SCRIPT = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve().parent in (
     ROOT.resolve(), ROOT.resolve() / "paper", ROOT.resolve() / "toy")
 if OUR_SCRIPT and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
