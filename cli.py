@@ -106,9 +106,23 @@ def one_line(error):
 
 
 def printable(text):
-    """Text from a file as one line that a terminal shows and does not obey: "\\x1b" for an escape code."""
+    """Text from a file as one line that a terminal shows and does not obey: "\\x1b" for an escape code.
+
+    A long text loses its middle.
+    """
+    text = str(text)
+    if len(text) > 1000:
+        text = f"{text[:500]} ... {text[-500:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
-                   for c in str(text))
+                   for c in text)
+
+
+def warn(text):
+    """One line on stderr. Where that is closed or full, the work goes on without."""
+    try:
+        print(f"warning: {printable(text)}", file=sys.stderr)
+    except (OSError, ValueError):
+        pass
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -130,13 +144,10 @@ class FlagParser(argparse.ArgumentParser):
                     continue
             if not value.strip() and name not in self.MAY_BE_EMPTY:
                 raise BadInput(f"{name}: is empty; name something, or leave {name} out")
-        found = super().parse_args(args, namespace)
-        for name, value in vars(found).items():
-            for text in value if isinstance(value, list) else [value]:
-                if isinstance(text, str) and not is_text(text) and not os.path.lexists(text):
-                    raise BadInput(f"--{name} {printable(text)}: holds bytes that are not "
-                                   f"{sys.getfilesystemencoding()}; write it in that encoding")
-        return found
+            if not is_text(value):  # which safetensors takes for no path, either
+                raise BadInput(f"{name} {value}: holds bytes that are not {sys.getfilesystemencoding()}; "
+                               f"write or rename it in that encoding")
+        return super().parse_args(args, namespace)
 
     def error(self, message):
         raise BadInput(f"{message}; --help lists all flags")
@@ -330,6 +341,24 @@ def check_regular(path):
     """Raises OSError where there is a pipe or a device, which could be read for ever, or a folder."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+
+
+@contextmanager
+def quiet_libraries():
+    """Keeps off the terminal what C libraries say of a damaged file. What we say of it comes after."""
+    try:
+        terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # stderr is closed
+        yield
+        return
+    sys.stderr.flush()
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        os.close(nowhere)
 
 
 def read_bytes(path, count):

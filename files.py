@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import os
-import sys
 import warnings
 import zlib
 from dataclasses import replace
@@ -23,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from cli import (LOCK, RECORD, ROOT, BadInput, check_regular, complete_or_absent, device_memory, one_line,
-                 unfinished)
+                 printable, quiet_libraries, unfinished, warn)
 from config import RANGES, BaseConfig, TrainingDefaults, load_config, save_config
 from lora import Subject
 from model import VAE, NoiseSchedule, TextEncoder, UNet
@@ -312,6 +311,9 @@ def read_facts(path, facts):
         if not low <= subject.rank <= high or not isinstance(subject.settings, dict):
             raise ValueError("rank or settings")
         check_placeholder(subject.placeholder, "placeholder")
+        for name in ("class_word", "base_name", "base_fingerprint", "method"):
+            if printable(facts[name]) != facts[name] or len(facts[name]) > 500:
+                raise ValueError(f"{name}: {printable(facts[name])[:60]}")
     except (KeyError, ValueError, RecursionError, BadInput) as error:
         raise BadInput(f"{path}: not a subject of this project, its header has no valid "
                        f"{one_line(error)}") from None
@@ -371,18 +373,21 @@ def read_folder(folder, endings, read, flag, content, count=None):
             continue
         ending = path.suffix.lower()
         if ending in UNREAD_PICTURES or (ending in PICTURES | VIDEOS and ending not in endings):
-            print(f"warning: {path}: {ending} is not read; left out", file=sys.stderr)
+            warn(f"{path}: {ending} is not read; left out")
         if path.is_dir() and any(file.suffix.lower() in endings for file in path.iterdir()):
-            print(f"warning: {path}: subfolders are not read; left out", file=sys.stderr)
+            warn(f"{path}: subfolders are not read; left out")
         if ending not in endings:
             continue
         if not path.is_file():
-            print(f"warning: {path}: not a regular file; left out", file=sys.stderr)
+            warn(f"{path}: not a regular file; left out")
             continue
         try:
-            found.append((path, read(path)))
+            with quiet_libraries():
+                found.append((path, read(path)))
+        except MemoryError:
+            raise
         except Exception as error:  # Pillow's and FFMPEG's readers each raise their own
-            print(f"warning: {path}: not readable ({one_line(error)}); left out", file=sys.stderr)
+            warn(f"{path}: not readable ({one_line(error)}); left out")
         if len(found) == count:
             break
     if not found:
@@ -402,9 +407,11 @@ def load_picture(path, shortest):
             raise ValueError(f"it has {image.width}x{image.height} pixels; {MOST_PIXELS:,} are the most")
         image.draft("RGB", (2 * shortest, 2 * shortest))
         profile = image.info.get("icc_profile")
+        bits_and_sign = [np.ravel(getattr(image, "tag_v2", {}).get(tag, usual))[0]
+                         for tag, usual in ((258, 16), (339, 1))]  # BitsPerSample, SampleFormat
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # 16 bits, which convert("RGB") clips
-            image = eight_bits(np.asarray(image))
+            image = eight_bits(np.asarray(image), *bits_and_sign)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -416,11 +423,17 @@ def load_picture(path, shortest):
     return image
 
 
-def eight_bits(grey):
-    """Grey numbers of 16 bits, or floats in 0 ... 1 -> 8-bit image. Raises ValueError for any others."""
+def eight_bits(grey, bits, sample_format):
+    """Grey numbers of up to 16 bits, or floats in 0 ... 1 -> 8-bit image. Raises ValueError for any others.
+
+    The depth is the file's own, from its tags where it is a TIFF: 12 bits of 16 are not dark.
+    """
     if not np.isfinite(grey).all():
         raise ValueError("it holds values that are not finite")
-    top = 1 if grey.dtype.kind == "f" else 65535
+    is_float = grey.dtype.kind == "f"
+    if not is_float and (bits > 16 or sample_format != 1):
+        raise ValueError(f"its numbers have {bits} bits or a sign; 8 or 16 bits without sign are expected")
+    top = 1 if is_float else 2 ** int(bits) - 1
     if grey.min() < 0 or grey.max() > top:
         raise ValueError(f"its values go from {grey.min()} to {grey.max()}, and 0 to {top} is expected")
     return Image.fromarray((grey.astype(np.float32) / top * 255).round().astype(np.uint8))

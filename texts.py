@@ -3,10 +3,9 @@
 Nothing to run here. A reader of the method may skip this page.
 """
 import re
-import sys
 from pathlib import Path
 
-from cli import BadInput, one_line, read_text
+from cli import BadInput, one_line, read_text, warn
 from model import TEXT_LENGTH, Tokenizer
 
 
@@ -63,7 +62,7 @@ def subject_caption(picture, placeholder, class_word):
             raise BadInput(f"{path}: holds neither {placeholder} nor {class_word}; write {placeholder} where "
                            f"the caption names the subject")
         caption = f"{caption[:named.start()]}{placeholder} {caption[named.start():]}"
-        print(f"warning: {path}: lacks {placeholder}; read as {caption!r}", file=sys.stderr)
+        warn(f"{path}: lacks {placeholder}; read as {caption!r}")
     if tokenizer.ids[placeholder] not in tokenizer.encode(caption)[:TEXT_LENGTH - 2]:
         raise BadInput(f"{path}: {placeholder} comes after the {TEXT_LENGTH - 2} tokens that are read; "
                        f"put it earlier")
@@ -81,8 +80,8 @@ def read_prompts(path):
         raise BadInput(f"--prompts {path}: holds no prompt; write one on each line")
     for prompt in prompts:
         if re.search(r"\s--[a-z]+\s+\S", prompt):
-            print(f"warning: --prompts {path}: {prompt!r} holds flags, which are read as words here; "
-                  f"give them on the command line", file=sys.stderr)
+            warn(f"--prompts {path}: {prompt!r} holds flags, which are read as words here; "
+                 f"give them on the command line")
     return prompts
 
 
@@ -118,8 +117,7 @@ def check_prompts(prompts, placeholders, source):
                 raise BadInput(f"{source} {prompt!r}: {word} comes after the {TEXT_LENGTH - 2} tokens "
                                f"that are read; put it earlier")
             if tokenizer.ids[word] not in kept:
-                print(f"warning: {source} {prompt!r}: {word} is not in it, so the video will hardly show "
-                      f"that subject", file=sys.stderr)
+                warn(f"{source} {prompt!r}: {word} is not in it, so the video will hardly show that subject")
         if dropped:
-            print(f"warning: {source}: only {TEXT_LENGTH - 2} tokens are read; "
-                  f"dropped: {tokenizer.bpe.decode(dropped)!r}", file=sys.stderr)
+            warn(f"{source}: only {TEXT_LENGTH - 2} tokens are read; "
+                 f"dropped: {tokenizer.bpe.decode(dropped)!r}")

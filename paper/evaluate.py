@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from cli import (BadInput, FlagParser, check_out, check_regular, complete_or_absent, join_processes, one_line,
-                 read_json, run_script, this_process)
+                 read_json, run_script, this_process, warn)
 import numpy as np
 import open_clip
 import timm
@@ -226,8 +226,7 @@ def find_videos(folders):
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 continue  # no video of ours, such as evaluation.json
             if facts.get("compare"):
-                print(f"warning: {path}: shows several videos side by side (--compare); left out",
-                      file=sys.stderr)
+                warn(f"{path}: shows several videos side by side (--compare); left out")
                 continue
             for video in (path.with_suffix(".mp4"), path.with_suffix(".gif")):
                 if video.exists():
