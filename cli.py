@@ -25,7 +25,7 @@ def end_at_once(number, frame):
     os._exit(130)
 
 
-# Ctrl-C while libraries are imported, when nothing has begun. So a script imports this page before the others.
+# Ctrl-C while libraries are imported, when nothing has begun. So every script imports this page first.
 # Another program that imports this page, such as a notebook, keeps its own Ctrl-C.
 OUR_SCRIPT = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve().parent in (
     ROOT.resolve(), ROOT.resolve() / "paper", ROOT.resolve() / "toy")

@@ -206,6 +206,15 @@ def check_flags(args, ranges):
             raise BadInput(f"--{flag} {value}: should be from {low} to {high}")
 
 
+def check_lambdas(lambdas):
+    """Every lambda of --lambdas lies in the range of --lambda_l -> the same lambdas. Raises BadInput."""
+    low, high = RANGES[SamplingDefaults]["lambda_l"][:2]
+    for number in lambdas:
+        if not low <= number <= high:
+            raise BadInput(f"--lambdas: {number:g} in it should be from {low} to {high}")
+    return lambdas
+
+
 def with_flags(defaults, args, only=None):
     """A dataclass of defaults in which the flags that were given take their places, or those in `only`."""
     given = {}

@@ -3,6 +3,7 @@
 Nothing to run here, and nothing of the paper. Videos are (T, H, W, 3) uint8.
 """
 import json
+import os
 import re
 import unicodedata
 from itertools import islice
@@ -22,10 +23,16 @@ COLOURS = ["-color_range", "tv", "-colorspace", "smpte170m", "-x264-params",
 
 def write_mp4(path, video, fps, quality):
     """Video -> H.264. macro_block_size 1 keeps the size, which imageio else rounds up to 16 in silence."""
-    iio.imwrite(path, video, plugin="FFMPEG", fps=fps, codec="libx264", quality=quality, macro_block_size=1,
-                output_params=COLOURS)
-    if path.stat().st_size == 0 or len(read_video(path)) != len(video):  # imageio hides ffmpeg's failure
-        raise BadInput(f"{path}: ffmpeg did not write all {len(video)} frames; is the disk full?")
+    try:
+        iio.imwrite(path, video, plugin="FFMPEG", fps=fps, codec="libx264", quality=quality,
+                    macro_block_size=1, output_params=COLOURS)
+        # imageio hides ffmpeg's failure. It would read an empty file for ten seconds.
+        complete = path.stat().st_size > 0 and len(read_video(path)) == len(video)
+    except (OSError, BadInput):
+        complete = False
+    if not complete:
+        raise BadInput(f"{path}: ffmpeg did not write all {len(video)} frames; is the disk full? "
+                       f"--format gif needs no ffmpeg")
 
 
 def write_gif(path, video, fps):
@@ -52,12 +59,15 @@ def check_formats(formats):
                        f"or pass --format gif") from None
 
 
-def read_video(path):
-    """mp4 or gif -> video. Raises BadInput."""
+def read_video(path, frames=None):
+    """mp4 or gif -> video. Raises BadInput, also where there are not `frames` frames if they are given."""
     reader = {"plugin": "FFMPEG"} if path.suffix == ".mp4" else {"plugin": "pillow", "mode": "RGB"}
     try:
         check_regular(path)
-        return iio.imread(path, **reader)
+        video = iio.imread(path, **reader)
+        if frames not in (None, len(video)):
+            raise ValueError(f"it has {len(video)} frames, and its JSON says {frames}")
+        return video
     except Exception as error:  # imageio's plugins each raise their own
         hint = "delete its JSON and sample it again"
         raise BadInput(f"{path}: not a readable video ({one_line(error)}); {hint}") from None
@@ -89,14 +99,21 @@ def endings(args):
 def free_path(folder, stem, facts, endings):
     """FOLDER/STEM, or STEM-2 ..., for a video that is made as `facts` says; None if all its files are there.
 
-    Files of that name without a JSON are someone else's, or a killed run's, and stay.
+    Files of that name without a JSON are someone else's, or a killed run's, and stay. A file is there if it
+    has as many bytes as its JSON says, so not where it was cut since.
     """
     for path in [folder / stem, *(folder / f"{stem}-{i}" for i in range(2, 10_000))]:
-        found = facts_beside(path.with_name(f"{path.name}.json"))
-        present = [path.with_name(f"{path.name}{ending}").exists() for ending in endings]
-        if found is None and not any(present):
+        facts_path = path.with_name(f"{path.name}.json")
+        found = facts_beside(facts_path)
+        files = [path.with_name(f"{path.name}{ending}") for ending in endings]
+        if found is None and not any(map(os.path.lexists, [facts_path, *files])):
             return path
         if found and {key: found.get(key) for key in facts} == facts:
+            sizes = found.get("bytes")
+            if not isinstance(sizes, dict):  # former versions did not write them
+                sizes = {}
+            present = [file.is_file() and file.stat().st_size == sizes.get(file.name, file.stat().st_size)
+                       for file in files]
             return None if all(present) else path
 
 
@@ -134,6 +151,7 @@ def save_video(path, video, formats, fps, facts, pictures):
         with file(f"-{name}.png") as temporary:
             picture.save(temporary)
     with file(".json") as temporary:
+        facts = facts | {"bytes": {file.name: file.stat().st_size for file in written[:-1]}}
         temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return written
 

@@ -103,7 +103,8 @@ class CustomDiffusion:
             frame = torch.zeros(3, height, width)
             top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
             frame[:, top:top + h, left:left + w] = resized(h, w)
-            first_row, first_column = top // factor + 1, left // factor + 1
+            rows, columns = weight.shape
+            first_row, first_column = min(top // factor + 1, rows - 1), min(left // factor + 1, columns - 1)
             last_row = max((top + h) // factor - 1, first_row + 1)
             last_column = max((left + w) // factor - 1, first_column + 1)
             inside = torch.zeros_like(weight)
@@ -244,3 +245,6 @@ def fill_published(args):
     for flag, value in METHODS[args.method].published.items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
+    if (args.word_steps or 0) > (args.steps or args.word_steps or 0):
+        raise BadInput(f"--word_steps {args.word_steps}: should be at most --steps, which is {args.steps}; "
+                       f"the adapters learn in the steps after")
