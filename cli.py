@@ -53,6 +53,9 @@ def run_script(main):
     """
     show_traceback = "--traceback" in sys.argv[1:]
     sys.argv[1:] = [flag for flag in sys.argv[1:] if flag != "--traceback"]
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, so that a print would fail
+            setattr(sys, name, open(os.devnull, "w"))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True, errors="backslashreplace")
     warnings.formatwarning = lambda message, *_: f"warning: {one_line(message)}\n"
@@ -88,7 +91,8 @@ def end_with(line, code):
 
 def out_of_memory(error):
     """Whether the device or the CPU had too little memory. PyTorch's CPU says so in its text alone."""
-    too_little = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
+    too_little = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc",
+                  "could not create a primitive")  # oneDNN's words for it
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         getattr(error, "errno", None) == errno.ENOMEM) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in too_little))
@@ -432,8 +436,12 @@ def temporary_for(path):
         raise BadInput(f"{temporary}: is in the way; move it elsewhere")
     for folder in temporary.absolute().parents[:2]:
         if (folder / RECORD).is_file():
-            with open(folder / RECORD, "a", encoding="utf-8") as record:
-                record.write(json.dumps(str(temporary.absolute().relative_to(folder))) + "\n")
+            try:
+                with open(folder / RECORD, "a", encoding="utf-8") as record:
+                    record.write(json.dumps(str(temporary.absolute().relative_to(folder))) + "\n")
+            except OSError as error:  # that of a write does not say where
+                raise BadInput(f"{path}: not written ({one_line(error)}); make room, or name another --out"
+                               ) from None
             break
     return temporary
 

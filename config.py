@@ -91,7 +91,7 @@ RANGES = {
         "save_every": (1, 10**7, "steps between saves"),
         "preview_every": (0, 10**7, "steps between previews, 0 for none")},
     BaseConfig: {"crc32": (0, 2**32 - 1)},
-    ScheduleConfig: {"beta_start": (1e-9, 1), "beta_end": (1e-9, 1), "scale_end": (1e-3, 1),
+    ScheduleConfig: {"beta_start": (1e-9, 0.1), "beta_end": (1e-9, 0.1), "scale_end": (1e-3, 1),
                      "scale_steps": (0, TRAIN_STEPS)},
     TextConfig: {"width": (1, 8192), "heads": (1, 256), "layers": (1, 256)},
     VAEConfig: {"channels": (1, 4096), "channel_mult": (1, 64), "num_res_blocks": (1, 16),

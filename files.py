@@ -26,7 +26,7 @@ from cli import (LOCK, RECORD, ROOT, BadInput, check_regular, complete_or_absent
 from config import RANGES, BaseConfig, TrainingDefaults, load_config, save_config
 from lora import Subject
 from model import VAE, NoiseSchedule, TextEncoder, UNet
-from paper.baselines import METHODS
+from paper.baselines import METHODS, TARGETS
 from texts import check_placeholder
 
 # ------------------------------------------------------------------------------------------------------------
@@ -307,9 +307,12 @@ def read_facts(path, facts):
         subject = Subject(facts["placeholder"], facts["class_word"], int(facts["rank"]), facts["base_name"],
                           facts["base_fingerprint"], int(facts["steps"]), facts["method"],
                           json.loads(facts["settings"]))
-        low, high = RANGES[TrainingDefaults]["rank"][:2]
-        if not low <= subject.rank <= high or not isinstance(subject.settings, dict):
-            raise ValueError("rank or settings")
+        for name in ("rank", "steps"):
+            low, high = RANGES[TrainingDefaults][name][:2]
+            if not low <= getattr(subject, name) <= high:
+                raise ValueError(name)
+        if not isinstance(subject.settings, dict) or subject.settings.get("targets", "all") not in TARGETS:
+            raise ValueError("settings")
         check_placeholder(subject.placeholder, "placeholder")
         for name in ("class_word", "base_name", "base_fingerprint", "method"):
             if printable(facts[name]) != facts[name] or len(facts[name]) > 500:

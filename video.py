@@ -13,7 +13,7 @@ import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageDraw
 
-from cli import BadInput, check_regular, complete_or_absent, one_line, read_json
+from cli import BadInput, check_regular, complete_or_absent, one_line, quiet_libraries, read_json
 
 
 # What ffmpeg makes of RGB: BT.601's matrix, sRGB's curve. Untagged, players guess another at HD sizes.
@@ -24,8 +24,9 @@ COLOURS = ["-color_range", "tv", "-colorspace", "smpte170m", "-x264-params",
 def write_mp4(path, video, fps, quality):
     """Video -> H.264. macro_block_size 1 keeps the size, which imageio else rounds up to 16 in silence."""
     try:
-        iio.imwrite(path, video, plugin="FFMPEG", fps=fps, codec="libx264", quality=quality,
-                    macro_block_size=1, output_params=COLOURS)
+        with quiet_libraries():
+            iio.imwrite(path, video, plugin="FFMPEG", fps=fps, codec="libx264", quality=quality,
+                        macro_block_size=1, output_params=COLOURS)
         # imageio hides ffmpeg's failure. It would read an empty file for ten seconds.
         complete = path.stat().st_size > 0 and len(read_video(path)) == len(video)
     except (OSError, BadInput):

@@ -204,6 +204,7 @@ class DreamVideo:
 # Looking a method up
 
 
+TARGETS = ("all", "cross")
 METHODS = {"customcrafter": CustomCrafter, "custom_diffusion": CustomDiffusion, "dreamvideo": DreamVideo}
 
 
@@ -227,7 +228,7 @@ def add_method_flags(parser):
                         help="how to learn: the paper's way, or one of those it compares with, at their "
                              "published settings, which are for large bases; sample those with "
                              "--lambdas \"1*50\" (default: %(default)s)")
-    parser.add_argument("--targets", choices=["all", "cross"], default="all",
+    parser.add_argument("--targets", choices=TARGETS, default="all",
                         help="LoRA on all spatial attention, or on the cross-attention alone (paper, "
                              "Table 2) (default: %(default)s)")
     parser.add_argument("--word_steps", type=int,
