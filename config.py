@@ -10,7 +10,7 @@ import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path, PureWindowsPath
 
-from cli import BadInput, one_line, printable
+from cli import BadInput, one_line, printable, read_json
 from model import TRAIN_STEPS, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 
 
@@ -91,7 +91,7 @@ RANGES = {
         "save_every": (1, 10**7, "steps between saves"),
         "preview_every": (0, 10**7, "steps between previews, 0 for none")},
     BaseConfig: {"crc32": (0, 2**32 - 1)},
-    ScheduleConfig: {"beta_start": (1e-9, 1), "beta_end": (1e-9, 1), "scale_end": (1e-3, 1),
+    ScheduleConfig: {"beta_start": (1e-9, 0.1), "beta_end": (1e-9, 0.1), "scale_end": (1e-3, 1),
                      "scale_steps": (0, TRAIN_STEPS)},
     TextConfig: {"width": (1, 8192), "heads": (1, 256), "layers": (1, 256)},
     VAEConfig: {"channels": (1, 4096), "channel_mult": (1, 64), "num_res_blocks": (1, 16),
@@ -105,14 +105,12 @@ RANGES = {
 def load_config(path):
     """config.json -> BaseConfig. Raises BadInput that names the entry whose name, type or range is wrong."""
     path = Path(path)
-    if path.exists() and not path.is_file():
-        raise BadInput(f"{path}: is not a regular file; --base takes a folder made by convert_ckpt.py")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; --base takes a folder made by convert_ckpt.py, "
                        f"or toy/base") from None
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         raise BadInput(f"{path}: not a readable JSON file ({one_line(error)})") from None
     config = read_entries(BaseConfig, values, path, "")
     if len(config.crc32) not in (0, 3):
@@ -206,6 +204,15 @@ def check_flags(args, ranges):
         value = getattr(args, flag, None)
         if value is not None and not low <= value <= high:
             raise BadInput(f"--{flag} {value}: should be from {low} to {high}")
+
+
+def check_lambdas(lambdas):
+    """Every lambda of --lambdas lies in the range of --lambda_l -> the same lambdas. Raises BadInput."""
+    low, high = RANGES[SamplingDefaults]["lambda_l"][:2]
+    for number in lambdas:
+        if not low <= number <= high:
+            raise BadInput(f"--lambdas: {number:g} in it should be from {low} to {high}")
+    return lambdas
 
 
 def with_flags(defaults, args, only=None):

@@ -14,12 +14,12 @@ import secrets
 import time
 from pathlib import Path
 
-import torch
-
 from cli import (BadInput, FlagParser, Progress, as_on_rank_0, check_out, only_writer, peak_memory,
                  pick_precision, run_script, this_process)
-from config import (RANGES, SamplingDefaults, add_flags, add_speed_flags, check_flags, check_sampling,
-                    load_config, with_flags)
+import torch
+
+from config import (RANGES, SamplingDefaults, add_flags, add_speed_flags, check_flags, check_lambdas,
+                    check_sampling, load_config, with_flags)
 from files import default_base, find_subjects, load_base, load_subject, subject_fingerprint
 from model import TRAIN_STEPS, Z_CHANNELS, Tokenizer
 from paper.baselines import MergedSubjects
@@ -237,7 +237,7 @@ def parse_lambdas(text, steps):
         lambdas += torch.linspace(first, last, count, dtype=torch.float64).tolist()
     if len(lambdas) != steps:
         raise BadInput(f"--lambdas {text}: has {len(lambdas)} steps, and --steps is {steps}")
-    return [round(lam, 6) for lam in lambdas]
+    return check_lambdas([round(lam, 6) for lam in lambdas])
 
 
 def parse_args():

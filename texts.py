@@ -3,9 +3,8 @@
 Nothing to run here. A reader of the method may skip this page.
 """
 import re
-import sys
 
-from cli import BadInput
+from cli import BadInput, one_line, read_text, warn
 from model import TEXT_LENGTH, Tokenizer
 
 
@@ -36,19 +35,6 @@ def made_up_words(prompt):
     return re.findall(r"(?<!\w)(?:<[\w-]+>|[A-Za-z]\w*\*)(?!\w)", prompt)
 
 
-def read_text(path, limit=10**6):
-    """A text file, with BOM or without. Raises ValueError (over `limit` bytes, not UTF-8 text) or OSError."""
-    if path.exists() and not path.is_file():  # a pipe or a device could be read for ever
-        raise ValueError("it is not a regular file")
-    with open(path, "rb") as f:
-        content = f.read(limit + 1)
-    if len(content) > limit:
-        raise ValueError(f"it is larger than {limit:,} bytes")
-    if b"\0" in content:
-        raise ValueError("it is binary")
-    return content.decode("utf-8-sig")
-
-
 def caption_file(picture):
     """NAME.jpg -> NAME.txt, or a file with one of the other names that captions have in use."""
     names = [picture.with_suffix(ending) for ending in (".txt", ".TXT", ".caption", ".CAPTION")]
@@ -64,7 +50,7 @@ def read_caption(picture):
     except FileNotFoundError:
         return ""
     except (ValueError, OSError) as error:
-        raise BadInput(f"{path}: not a readable UTF-8 text file ({error}); "
+        raise BadInput(f"{path}: not a readable UTF-8 text file ({one_line(error)}); "
                        f"write the picture's caption there or delete it") from None
 
 
@@ -80,7 +66,7 @@ def subject_caption(picture, placeholder, class_word):
             raise BadInput(f"{path}: holds neither {placeholder} nor {class_word}; write {placeholder} where "
                            f"the caption names the subject")
         caption = f"{caption[:named.start()]}{placeholder} {caption[named.start():]}"
-        print(f"warning: {path}: lacks {placeholder}; read as {caption!r}", file=sys.stderr)
+        warn(f"{path}: lacks {placeholder}; read as {caption!r}")
     if tokenizer.ids[placeholder] not in tokenizer.encode(caption)[:TEXT_LENGTH - 2]:
         raise BadInput(f"{path}: {placeholder} comes after the {TEXT_LENGTH - 2} tokens that are read; "
                        f"put it earlier")
@@ -98,14 +84,14 @@ def read_prompts(path):
     try:
         lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise BadInput(f"--prompts {path}: not a readable UTF-8 text file ({error})") from None
+        raise BadInput(f"--prompts {path}: not a readable UTF-8 text file ({one_line(error)})") from None
     prompts = [line for line in lines if not line.startswith("#")]
     if not prompts:
         raise BadInput(f"--prompts {path}: holds no prompt; write one on each line")
     for prompt in prompts:
         if re.search(r"\s--[a-z]+\s+\S", prompt):
-            print(f"warning: --prompts {path}: {prompt!r} holds flags, which are read as words here; "
-                  f"give them on the command line", file=sys.stderr)
+            warn(f"--prompts {path}: {prompt!r} holds flags, which are read as words here; "
+                 f"give them on the command line")
     return prompts
 
 
@@ -141,8 +127,7 @@ def check_prompts(prompts, placeholders, source):
                 raise BadInput(f"{source} {prompt!r}: {word} comes after the {TEXT_LENGTH - 2} tokens "
                                f"that are read; put it earlier")
             if tokenizer.ids[word] not in kept:
-                print(f"warning: {source} {prompt!r}: {word} is not in it, so the video will hardly show "
-                      f"that subject", file=sys.stderr)
+                warn(f"{source} {prompt!r}: {word} is not in it, so the video will hardly show that subject")
         if dropped:
-            print(f"warning: {source}: only {TEXT_LENGTH - 2} tokens are read; "
-                  f"dropped: {tokenizer.bpe.decode(dropped)!r}", file=sys.stderr)
+            warn(f"{source}: only {TEXT_LENGTH - 2} tokens are read; "
+                 f"dropped: {tokenizer.bpe.decode(dropped)!r}")

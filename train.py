@@ -14,14 +14,14 @@ latents z (B, 4, T, h, w), 8 times smaller than pixels.
 from dataclasses import replace
 from pathlib import Path
 
+from cli import (BadInput, FlagParser, Progress, check_out, join_processes, pick_precision, run_script,
+                 stop_signals, this_process)
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cli import (BadInput, FlagParser, Progress, check_out, join_processes, pick_precision, run_script,
-                 stop_signals, this_process)
 from config import (RANGES, SamplingDefaults, TrainingDefaults, add_flags, add_speed_flags, check_flags,
                     check_sampling, load_config, with_flags)
 from data import Samples, load_photos, load_prior, still_video

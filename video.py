@@ -14,7 +14,7 @@ import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageDraw
 
-from cli import BadInput, complete_or_absent, one_line
+from cli import BadInput, check_regular, complete_or_absent, one_line, quiet_libraries, read_json
 
 
 # What ffmpeg makes of RGB: BT.601's matrix, sRGB's curve. Untagged, players guess another at HD sizes.
@@ -25,14 +25,16 @@ COLOURS = ["-color_range", "tv", "-colorspace", "smpte170m", "-x264-params",
 def write_mp4(path, video, fps, quality):
     """Video -> H.264. macro_block_size 1 keeps the size, which imageio else rounds up to 16 in silence."""
     try:
-        iio.imwrite(path, video, plugin="FFMPEG", fps=fps, codec="libx264", quality=quality,
-                    macro_block_size=1, output_params=COLOURS)
-        if path.stat().st_size > 0 and len(read_video(path)) == len(video):
-            return  # asked, since imageio hides ffmpeg's failure
+        with quiet_libraries():
+            iio.imwrite(path, video, plugin="FFMPEG", fps=fps, codec="libx264", quality=quality,
+                        macro_block_size=1, output_params=COLOURS)
+        # imageio hides ffmpeg's failure. It would read an empty file for ten seconds.
+        complete = path.stat().st_size > 0 and len(read_video(path)) == len(video)
     except (OSError, BadInput):  # ffmpeg ended early, or what it wrote is no video
-        pass
-    raise BadInput(f"{path.parent}: ffmpeg did not write all {len(video)} frames of an mp4 there; make room, "
-                   f"take an ffmpeg with libx264, or pass --format gif")
+        complete = False
+    if not complete:
+        raise BadInput(f"{path.parent}: ffmpeg did not write all {len(video)} frames of an mp4 there; make "
+                       f"room, take an ffmpeg with libx264, or pass --format gif")
 
 
 def write_gif(path, video, fps):
@@ -66,11 +68,15 @@ def check_ffmpeg(flag, other_way):
                        f"{other_way}") from None
 
 
-def read_video(path):
-    """mp4 or gif -> video. Raises BadInput."""
+def read_video(path, frames=None):
+    """mp4 or gif -> video. Raises BadInput, also where there are not `frames` frames if they are given."""
     reader = {"plugin": "FFMPEG"} if path.suffix == ".mp4" else {"plugin": "pillow", "mode": "RGB"}
     try:
-        return iio.imread(path, **reader)
+        check_regular(path)
+        video = iio.imread(path, **reader)
+        if frames not in (None, len(video)):
+            raise ValueError(f"it has {len(video)} frames, and its JSON says {frames}")
+        return video
     except Exception as error:  # imageio's plugins each raise their own
         if path.suffix == ".mp4":
             check_ffmpeg(path, "or move the mp4 away if its gif will do")
@@ -104,21 +110,28 @@ def endings(args):
 def free_path(folder, stem, facts, endings):
     """FOLDER/STEM, or STEM-2 ..., for a video that is made as `facts` says; None if all its files are there.
 
-    Files of that name without a JSON are someone else's, or a killed run's, and stay.
+    Files of that name without a JSON are someone else's, or a killed run's, and stay. A file is there if it
+    has as many bytes as its JSON says, so not where it was cut since.
     """
     for path in [folder / stem, *(folder / f"{stem}-{i}" for i in range(2, 10_000))]:
-        found = read_json(path.with_name(f"{path.name}.json"))
-        present = [path.with_name(f"{path.name}{ending}").exists() for ending in endings]
-        if found is None and not any(present):
+        facts_path = path.with_name(f"{path.name}.json")
+        found = facts_beside(facts_path)
+        files = [path.with_name(f"{path.name}{ending}") for ending in endings]
+        if found is None and not any(map(os.path.lexists, [facts_path, *files])):
             return path
         if found and {key: found.get(key) for key in facts} == facts:
+            sizes = found.get("bytes")
+            if not isinstance(sizes, dict):  # former versions did not write them
+                sizes = {}
+            present = [file.is_file() and file.stat().st_size == sizes.get(file.name, file.stat().st_size)
+                       for file in files]
             return None if all(present) else path
 
 
-def read_json(path):
-    """A JSON file -> its entries; None if there is no such file, {} if it is not one of ours."""
+def facts_beside(path):
+    """The JSON beside a video -> its entries; None if there is no such file, {} if it is not one of ours."""
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = read_json(path)
         return facts if isinstance(facts, dict) else {}
     except FileNotFoundError:
         return None
@@ -149,6 +162,7 @@ def save_video(path, video, formats, fps, facts, pictures):
         with file(f"-{name}.png") as temporary:
             picture.save(temporary)
     with file(".json") as temporary:
+        facts = facts | {"bytes": {file.name: file.stat().st_size for file in written[:-1]}}
         temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return written
 

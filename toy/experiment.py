@@ -23,15 +23,15 @@ from functools import partial
 from pathlib import Path
 from typing import Callable
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from cli import (ROOT, BadInput, FlagParser, check_out, complete_or_absent, join_processes, only_writer,
+                 run_script, this_process)
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from cli import (ROOT, BadInput, FlagParser, check_out, complete_or_absent, join_processes, run_script,
-                 this_process)
 from config import check_flags
 from files import load_base, load_subject, subject_fingerprint
 from model import Tokenizer
@@ -96,7 +96,8 @@ def main():
     args = parse_args()
     process = this_process()
     join_processes(process, backend="gloo")
-    EXPERIMENTS[args.what].run(args, load_base(args.base, process.device))
+    with only_writer(args.out, process.rank):
+        EXPERIMENTS[args.what].run(args, load_base(args.base, process.device))
     if process.world > 1:
         dist.destroy_process_group()
 

@@ -15,6 +15,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from cli import BadInput, FlagParser, check_out, complete_or_absent, join_processes, run_script, this_process
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -24,8 +26,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from cli import BadInput, FlagParser, check_out, complete_or_absent, join_processes, run_script, this_process
 from config import BaseConfig, SamplingDefaults, TrainingDefaults, check_flags
 from files import base_files, build_part, fingerprint, save_base_config
 from model import (TRAIN_STEPS, VAE, Z_CHANNELS, NoiseSchedule, ScheduleConfig, TextConfig, Tokenizer,
