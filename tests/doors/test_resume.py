@@ -224,6 +224,6 @@ def test_the_prior_may_be_videos_with_captions(start, tmp_path):
     assert not equal(tmp_path / "made", tmp_path / "given")  # the caption counts
     assert wait(start("--steps", 1, "--prior_motion", "--num_prior", 3, "--out", "more")) == 0
     assert [p.stat().st_mtime_ns for p in sorted(folder.glob("000[01].mp4"))] == kept
-    (video, caption), (_, other_caption) = data.load_prior(folder, 2, 3, 32, 48)
+    (video, caption, _), (_, other_caption, _) = data.load_prior(folder, 2, 3, 32, 48)
     assert video.shape == (3, 3, 32, 48) and not torch.equal(video[0], video[2])
     assert (caption, other_caption) == ("", "a dog on the grass")
