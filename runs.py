@@ -232,6 +232,8 @@ def photos_digest(photos):
 def save_training(out, subject, optimizer, keep_last):
     """OUT/step-N/ with subject and optimizer, complete or absent; OUT/subject.safetensors is its copy."""
     save = out / f"step-{subject.steps:06d}"
+    if subject.steps == 0 or save in saves(out):  # stopped before the first step, or right after a save
+        return
     with complete_or_absent(save) as folder:
         folder.mkdir()
         save_subject(folder / "subject.safetensors", subject)
@@ -250,14 +252,10 @@ def publish(save):
         shutil.copyfile(save / "subject.safetensors", temporary)
 
 
-def end_training(out, subject, optimizer, keep_last, steps):
-    """Saves what a stopped training has not saved, and says how it ended."""
+def say_how_it_ended(out, subject, steps):
     if subject.steps == 0:
         print(f"stopped before step 1 of {steps} was done; the same command starts anew")
         return
-    newest = newest_save(out)
-    if not newest or newest.name != f"step-{subject.steps:06d}":
-        save_training(out, subject, optimizer, keep_last)
     if subject.steps < steps:
         print(f"stopped after step {subject.steps} of {steps}; the same command with --resume {out} goes on")
     print(f"wrote {out / 'subject.safetensors'}")

@@ -30,9 +30,9 @@ from files import default_base, load_base, pick_checkpointing, pick_images
 from lora import LiveLoRA, Subject
 from model import Tokenizer
 from paper.baselines import METHODS, add_method_flags, fill_published
-from runs import (Log, digests, end_training, load_training, newest_save, pick_run, prior_folder,
-                  prior_writer, run_settings, run_writer, save_fingerprint, save_preview, save_prior_clip,
-                  save_training, watching)
+from runs import (Log, digests, load_training, newest_save, pick_run, prior_folder, prior_writer,
+                  run_settings, run_writer, save_fingerprint, save_preview, save_prior_clip, save_training,
+                  say_how_it_ended, watching)
 from sample import generate
 from texts import check_placeholder, default_prompt
 
@@ -150,7 +150,9 @@ def main():
                 losses += torch.stack([subject_loss, prior_loss]).detach() / settings.grad_accum
             if stop:  # what is saved is the last whole step
                 break
-            subject_loss, prior_loss = mean_over_processes(losses, process.world)
+            if process.world > 1:
+                dist.all_reduce(losses)
+            subject_loss, prior_loss = (losses / process.world).tolist()    # means over processes
             norm = torch.stack([p.grad.norm() for p in loss.parameters() if p.grad is not None]).norm().item()
             if not np.isfinite(subject_loss + prior_loss + norm):
                 raise BadInput(f"--lr {settings.lr}: the loss or its gradient is not finite at step {step}; "
@@ -159,25 +161,22 @@ def main():
             optimizer.zero_grad(set_to_none=True)
 
             # Log, save, preview.
-            subject.steps, last = step, step == settings.steps
+            subject.steps = step
             log(step, loss=subject_loss, prior_loss=prior_loss, grad_norm=norm, lr=settings.lr)
+            last = step == settings.steps
             look = settings.preview_every and (step % settings.preview_every == 0 or last)
             if process.rank == 0 and (step % settings.save_every == 0 or last or look):
                 save_training(out, subject, optimizer, args.keep_last)
             if process.rank == 0 and look:
                 with watching(f"the preview of step {step}"):
                     save_preview(out, step, *preview(base, sampling, subject, LiveLoRA(layers.values())))
-        if process.rank == 0:
-            end_training(out, subject, optimizer, args.keep_last, settings.steps)
+        if process.rank == 0 and stop:
+            save_training(out, subject, optimizer, args.keep_last)
+
+    if process.rank == 0:
+        say_how_it_ended(out, subject, settings.steps)
     if process.world > 1:
         dist.destroy_process_group()
-
-
-def mean_over_processes(losses, world):
-    """-> the two losses' means over processes."""
-    if world > 1:
-        dist.all_reduce(losses)
-    return (losses / world).tolist()
 
 
 # ------------------------------------------------------------------------------------------------------------
