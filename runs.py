@@ -252,6 +252,12 @@ def publish(save):
         shutil.copyfile(save / "subject.safetensors", temporary)
 
 
+def finish(save, rank=0):
+    """The subject of the newest save is the run's, also if the run was killed before it was copied."""
+    with run_writer(save.parent, save, rank):
+        pass
+
+
 def say_how_it_ended(out, subject, steps):
     if subject.steps == 0:
         print(f"stopped before step 1 of {steps} was done; the same command starts anew")
@@ -266,9 +272,8 @@ def load_training(save, subject, optimizer, steps, rank=0):
     state, tensors = read_save(save)
     check_settings(save, state["settings"], subject.settings, rank)
     if state["step"] >= steps:
-        if save == newest_save(save.parent):  # the run may have been killed before its subject was copied
-            with run_writer(save.parent, save, rank):
-                pass
+        if save == newest_save(save.parent):
+            finish(save, rank)
         raise BadInput(f"--steps {steps}: {save} has done {state['step']} already; ask for more to go on")
     parameters = subject_tensors(subject)
     check_tensors(save / "subject.safetensors", tensors, parameters)
