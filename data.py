@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from files import PICTURES, VIDEOS, load_picture, read_folder
+from files import PICTURES, VIDEOS, file_crc32, load_picture, read_folder
 from model import TRAIN_STEPS, Z_CHANNELS, pixels
 from texts import read_caption, subject_caption
 from video import first_frames
@@ -112,6 +112,7 @@ class Photo:
     image: Image.Image    # RGB, upright
     caption: str          # from NAME.txt beside NAME.jpg; empty: take a template
     path: Path
+    crc32: int            # of its file
 
 
 def load_photos(folder, shortest, placeholder="", class_word=""):
@@ -122,11 +123,12 @@ def load_photos(folder, shortest, placeholder="", class_word=""):
     """
     load = lambda path: load_picture(path, shortest)
     found = read_folder(folder, PICTURES, load, "--images", "4 to 6 photos of the subject")
-    return [Photo(image, subject_caption(path, placeholder, class_word), path) for path, image in found]
+    return [Photo(image, subject_caption(path, placeholder, class_word), path, file_crc32(path))
+            for path, image in found]
 
 
 def load_prior(folder, count, frames, height, width):
-    """Folder -> list of video (1 or T, 3, H, W), caption: its first `count` pictures and videos of the class.
+    """Folder -> list of video (1 or T, 3, H, W), caption, file's crc32: its first `count` of the class.
 
     Of a video the first T = `frames` frames are taken; a shorter video is reported and left out. A caption is
     empty where there is no NAME.txt. A file's crop lies anywhere along its longer side, as its name says.
@@ -140,4 +142,4 @@ def load_prior(folder, count, frames, height, width):
         return torch.stack(crops)
 
     found = read_folder(folder, PICTURES | VIDEOS, load, "--prior", "pictures or videos of the class", count)
-    return [(video, read_caption(path)) for path, video in found]
+    return [(video, read_caption(path), file_crc32(path)) for path, video in found]

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from config import check_flags, load_config
 from paper.baselines import METHODS
-from runs import newest_save, publish
+from runs import finish, newest_save
 from video import slug
 
 
@@ -147,8 +147,7 @@ def train_subjects(args, trainings):
         flags, folder = trainings[name], folders[name]
         save = newest_save(folder)
         if save and save.name == f"step-{flags['steps']:06d}":
-            if not (folder / "subject.safetensors").exists():
-                publish(save)
+            finish(save)
         else:
             training_flags = []
             for flag, value in flags.items():
