@@ -325,8 +325,7 @@ def read_save(save):
                 if checksums[name] != zlib.crc32(content[name]):
                     raise ValueError(f"{name} is not what was saved")
         else:
-            warn(f"{save}: is from a former version and has no checksums; taken as it is",
-                  file=sys.stderr)
+            warn(f"{save}: is from a former version and has no checksums; taken as it is")
         state = torch.load(io.BytesIO(content["state.pt"]), map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not state.keys() >= {"step", "settings", "optimizer"}:
             raise ValueError("state.pt has no step, settings and optimizer")
