@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 
 from files import PICTURES, VIDEOS, file_crc32, load_picture, read_folder
-from model import TRAIN_STEPS, Z_CHANNELS, pixels
+from model import NOISE_LEVELS, Z_CHANNELS, pixels
 from texts import read_caption, subject_caption
 from video import first_frames
 
@@ -55,7 +55,7 @@ class Samples:
         if which:
             noise_numbers += [2 * i + 1 for i in numbers]
         shape = (Z_CHANNELS, sampling.frames, *weights[0].shape)
-        t, eps = zip(*(noise_sample(i, self.seed, shape, TRAIN_STEPS) for i in noise_numbers))
+        t, eps = zip(*(noise_sample(i, self.seed, shape, NOISE_LEVELS) for i in noise_numbers))
         return torch.stack(frames), captions, torch.stack(weights), torch.tensor(t), torch.stack(eps), which
 
 

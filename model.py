@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 VOCAB_SIZE = 49408  # CLIP's byte-pair vocabulary; ids from here on are learned words V*
 TEXT_LENGTH = 77    # CLIP's context length
 Z_CHANNELS = 4      # latent channels of Stable Diffusion's VAE
-TRAIN_STEPS = 1000  # noise levels
+NOISE_LEVELS = 1000
 CUDA_GRID = 65_535  # the largest batch that CUDA's attention kernels launch
 
 
@@ -323,10 +323,10 @@ class NoiseSchedule:
 
     def __init__(self, cfg: ScheduleConfig):
         beta_start, beta_end = cfg.beta_start ** 0.5, cfg.beta_end ** 0.5
-        beta = torch.linspace(beta_start, beta_end, TRAIN_STEPS, dtype=torch.float64) ** 2
+        beta = torch.linspace(beta_start, beta_end, NOISE_LEVELS, dtype=torch.float64) ** 2
         self.alpha_bar = torch.cumprod(1 - beta, dim=0).float()
         # Upstream quirk: with scale_t the noisy latent's variance is not 1; the normal form is scale_t = 1.
-        self.scale = torch.full((TRAIN_STEPS,), cfg.scale_end)
+        self.scale = torch.full((NOISE_LEVELS,), cfg.scale_end)
         self.scale[:cfg.scale_steps] = torch.linspace(1, cfg.scale_end, cfg.scale_steps)
 
     def add_noise(self, z_0, t, eps):

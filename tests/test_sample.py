@@ -9,11 +9,12 @@ import torch
 
 import sample as script
 from cli import run_script
+from config import parse_lambdas
 from files import save_subject
 from lora import MergedLoRA
 from makers import ROOT, random_subject, run, torchrun
 from model import NoiseSchedule, ScheduleConfig, pixels
-from sample import ddim, ddim_steps, parse_lambdas, two_step_schedule
+from sample import ddim, ddim_steps, two_step_schedule
 from toy import world
 from video import motion_held, motion_line
 

@@ -32,12 +32,12 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from config import check_flags
+from config import check_flags, parse_lambdas
 from files import load_base, load_subject, subject_fingerprint
 from model import Tokenizer
 from paper.evaluate import consistency
 from paper.protocol import PAPER, ROWS, Row, print_row, train_subjects
-from sample import ddim_steps, generate, parse_lambdas
+from sample import ddim_steps, generate
 from toy.measure import class_or_subject, likeness, measure, pixel_features, psnr, through_vae
 from toy.world import DIRECTIONS, GROUNDS, SPEED, SUBJECTS, caption, draw_clip, draw_photos, random_scene
 from video import labelled
