@@ -435,7 +435,7 @@ def temporary_for(path):
     if os.path.lexists(temporary):
         raise BadInput(f"{temporary}: is in the way; move it elsewhere")
     for folder in temporary.absolute().parents[:2]:
-        if (folder / RECORD).is_file():
+        if (folder / RECORD).is_file() and not (folder / RECORD).is_symlink():
             try:
                 with open(folder / RECORD, "a", encoding="utf-8") as record:
                     record.write(json.dumps(str(temporary.absolute().relative_to(folder))) + "\n")
@@ -449,7 +449,7 @@ def temporary_for(path):
 def unfinished(folder):
     """The paths that the record of a writer of `folder` names. A name that leads elsewhere is passed over."""
     record, found = folder / RECORD, []
-    if not record.is_file():
+    if record.is_symlink() or not record.is_file():
         return found
     for line in record.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
