@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 import traceback
 import warnings
 from contextlib import contextmanager
@@ -32,9 +33,10 @@ OUR_SCRIPT = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").res
 if OUR_SCRIPT and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, end_at_once)
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from filelock import FileLock, Timeout  # noqa: E402
+import torch
+import torch.distributed as dist
+from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 
 class BadInput(Exception):
@@ -56,8 +58,8 @@ def run_script(main):
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, so that a print would fail
             setattr(sys, name, open(os.devnull, "w"))
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True, errors="backslashreplace")
+        getattr(sys, name).reconfigure(line_buffering=True, errors="backslashreplace")
+        setattr(sys, name, Unfailing(getattr(sys, name), name))
     warnings.formatwarning = lambda message, *_: f"warning: {one_line(message)}\n"
     if signal.getsignal(signal.SIGINT) is end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -71,7 +73,7 @@ def run_script(main):
         line = one_line(error)
         if out_of_memory(error):
             end_with(f"error: out of memory ({line}); fewer --frames, a smaller --height and --width, "
-                     f"--batch_size 1 or --grad_checkpointing need less", 2)
+                     f"--batch_size 1, and in training --grad_checkpointing need less", 2)
         if isinstance(error, OSError) and error.filename:
             line = f"{printable(error.filename)}: {line}"
         if disk_is_full(error):
@@ -81,11 +83,34 @@ def run_script(main):
         end_with(f"unexpected: {type(error).__name__}: {line}; please report, --traceback shows it", 1)
 
 
+class Unfailing:
+    """A standard stream that may be lost: a full disk or a closed pipe is said once, and ends no run."""
+
+    def __init__(self, stream, name):
+        self.stream, self.name, self.told = stream, name, False
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, call, *args):
+        try:
+            call(*args)
+        except (OSError, ValueError) as error:
+            if not self.told:
+                self.told = True
+                print(f"warning: {self.name}: not written ({one_line(error)}); the run goes on",
+                      file=sys.stdout if self.name == "stderr" else sys.stderr)
+
+
 def end_with(line, code):
-    try:
-        print(line, file=sys.stderr)
-    except (OSError, ValueError):  # stderr is closed, or its disk is full: the exit code says it
-        pass
+    print(line, file=sys.stderr)
     sys.exit(code)
 
 
@@ -122,11 +147,36 @@ def printable(text):
 
 
 def warn(text):
-    """One line on stderr. Where that is closed or full, the work goes on without."""
-    try:
-        print(f"warning: {printable(text)}", file=sys.stderr)
-    except (OSError, ValueError):
-        pass
+    print(f"warning: {printable(text)}", file=sys.stderr)
+
+
+class Progress(tqdm):
+    """A progress bar on a terminal. Elsewhere, as in a log file, a plain line now and then and at the end."""
+    every = 30.0    # seconds
+
+    def __init__(self, *args, **kwargs):
+        self.plain = not sys.stderr.isatty()
+        self.told, self.told_n = time.monotonic(), kwargs.get("initial", 0)
+        if self.plain:  # without `leave`, tqdm ends its last line with nothing of its own
+            form = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+            kwargs |= {"bar_format": form, "leave": False}
+        super().__init__(*args, **kwargs)
+
+    def display(self, msg=None, pos=None):
+        if not self.plain:
+            return super().display(msg, pos)
+        if msg is None and time.monotonic() - self.told >= self.every:
+            self.tell()
+
+    def tell(self):
+        self.told, self.told_n = time.monotonic(), self.n
+        named = f"{self.desc.rstrip(': ')}: " if self.desc else ""
+        print(f"{named}{self}", file=self.fp, flush=True)
+
+    def close(self):
+        if self.plain and not self.disable and self.n != self.told_n:
+            self.tell()
+        super().close()
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -320,18 +370,29 @@ def peak_memory():
 
 
 @contextmanager
-def stop_signals():
-    """Gives a list that fills when SIGTERM or Ctrl-C comes. A second Ctrl-C ends the script at once."""
+def stop_signals(process):
+    """Gives a question that all processes ask together: has SIGTERM or Ctrl-C come to any of them?
+
+    A second Ctrl-C ends the script at once. A second SIGTERM does not: a scheduler may send one, and
+    torchrun another.
+    """
     came = []
 
     def note(number, frame):
-        came.append(number)
-        if len(came) > 1:
+        if number == signal.SIGINT and number in came:
             raise KeyboardInterrupt
+        came.append(number)
+
+    def asked_to_stop():
+        if process.world == 1:
+            return bool(came)
+        wishes = torch.tensor(len(came), device=process.device)
+        dist.all_reduce(wishes)
+        return bool(wishes)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield came
+        yield asked_to_stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -16,11 +16,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from cli import (ROOT, BadInput, FlagParser, check_out, complete_or_absent, one_line, only_writer,
+from cli import (ROOT, BadInput, FlagParser, Progress, check_out, complete_or_absent, one_line, only_writer,
                  read_bytes, run_script)
 import torch
 from safetensors import safe_open
-from tqdm import tqdm
 
 from config import BaseConfig
 from files import (PARTS, base_files, build_part, check_replaced, check_tensors, fingerprint, from_hub,
@@ -214,7 +213,7 @@ def write_part(path, out, names, dtype):
     state, bytes_read = {}, math.inf
     with open(out, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        for ours, (name, shape) in tqdm(names.items(), desc=out.name, unit="tensor"):
+        for ours, (name, shape) in Progress(names.items(), desc=out.name, unit="tensor"):
             if bytes_read > 2**28:  # opened anew now and then, to let go of the mapped pages already read
                 tensor = get_tensor = None
                 (_, get_tensor), bytes_read = open_checkpoint(path), 0

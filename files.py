@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 import warnings
 import zlib
 from dataclasses import replace
@@ -27,7 +28,7 @@ from config import RANGES, BaseConfig, TrainingDefaults, load_config, save_confi
 from lora import Subject
 from model import VAE, NoiseSchedule, TextEncoder, UNet
 from paper.baselines import METHODS, TARGETS
-from texts import check_placeholder
+from texts import caption_file, check_placeholder
 
 # ------------------------------------------------------------------------------------------------------------
 # A base
@@ -223,6 +224,10 @@ def fingerprint(states):
 def from_hub(repository, file, flag, advice):
     """A file of the Hugging Face hub -> its path in the hub's cache. Raises BadInput that names `flag`."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars
+    if not sys.stderr.isatty():
+        print(f"{flag}: {file} of https://huggingface.co/{repository}, downloaded unless it is in the cache")
+        disable_progress_bars()
     try:
         return Path(hf_hub_download(repository, file))
     except Exception as error:  # the hub's, the network's and the disk's own errors share no base class
@@ -334,15 +339,18 @@ def find_subjects(given, base_fingerprint):
         paths = [Path(path) for path in given if path != "none"]
         return [path / "subject.safetensors" if path.is_dir() else path for path in paths]
     found = [path for path in Path("runs").rglob("subject.safetensors") if "step-" not in path.parent.name]
-    trained = sorted(found, key=lambda path: path.stat().st_mtime)
+    trained, newer = sorted(found, key=lambda path: path.stat().st_mtime), []
     for path in [*reversed(trained), Path(os.path.relpath(ROOT / "toy" / "subject.safetensors"))]:
         try:
             check_regular(path)
             with safe_open(path, framework="pt") as f:
                 if (f.metadata() or {}).get("base_fingerprint") == base_fingerprint:
+                    if newer:
+                        warn(f"{newer[0]}, so {path} is taken; --subject names another")
                     return [path]
+            newer.append(f"{path} is newer, but of another base")
         except (OSError, SafetensorError):
-            continue
+            newer.append(f"{path} is newer, but not readable")
     raise BadInput("--subject: no subject of this base is under runs/; train one with train.py, name one, "
                    "or say none")
 
@@ -363,6 +371,7 @@ def pick_images(args, config):
 PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
 UNREAD_PICTURES = {".heic", ".heif", ".jxl", ".raw", ".dng", ".cr2", ".nef", ".svg", ".psd"}
 MOST_PIXELS = 250_000_000  # a phone's 200 MP; 0.75 GB as RGB
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, 179 million, calls such a photo an attack
 VIDEOS = {".mp4", ".webm", ".avi", ".mov", ".mkv"}
 
 
@@ -399,6 +408,29 @@ def read_folder(folder, endings, read, flag, content, count=None):
     return found
 
 
+def warn_of_photos(photos, height, width):
+    """Says once which photos show little, or little at once, in a frame; and which texts are no captions."""
+    small, cut = [], []
+    for photo in photos:
+        w, h = photo.image.size
+        if w < width or h < height:
+            small.append(photo.path.name)
+        if not 0.5 <= (w * height) / (h * width) <= 2:
+            cut.append(photo.path.name)
+    folder, frame = photos[0].path.parent, f"the frame of {width}x{height} pixels"
+    captions = {caption_file(photo.path) for photo in photos}
+    texts = {path for path in folder.iterdir() if path.suffix.lower() in (".txt", ".caption")}
+    stray = sorted(path.name for path in texts - captions)
+    for names, fault in (
+            (stray, "left out: no photo has this name, or it has another caption"),
+            (small, f"smaller than {frame}, so enlarged; larger photos show more detail"),
+            (cut, f"{frame} holds less than half at once; crop nearer to its shape, or change --height and "
+                  f"--width")):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            warn(f"{folder}: {', '.join(names[:5])}{more}: {fault}")
+
+
 def load_picture(path, shortest):
     """A file in any mode and orientation -> sRGB, upright, over white; of an animation the first frame.
 
@@ -412,7 +444,7 @@ def load_picture(path, shortest):
         profile = image.info.get("icc_profile")
         bits_and_sign = [np.ravel(getattr(image, "tag_v2", {}).get(tag, usual))[0]
                          for tag, usual in ((258, 16), (339, 1))]  # BitsPerSample, SampleFormat
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # 16 bits, which convert("RGB") clips
             image = eight_bits(np.asarray(image), *bits_and_sign)
         if image.has_transparency_data:

@@ -3,7 +3,6 @@
 Nothing to run here. A reader of the method may skip this page.
 """
 import re
-from pathlib import Path
 
 from cli import BadInput, one_line, read_text, warn
 from model import TEXT_LENGTH, Tokenizer
@@ -36,8 +35,16 @@ def made_up_words(prompt):
     return re.findall(r"(?<!\w)(?:<[\w-]+>|[A-Za-z]\w*\*)(?!\w)", prompt)
 
 
-def read_caption(path):
-    """NAME.txt -> its text on one line; empty if there is no file. Raises BadInput if it is no UTF-8 text."""
+def caption_file(picture):
+    """NAME.jpg -> NAME.txt, or a file with one of the other names that captions have in use."""
+    names = [picture.with_suffix(ending) for ending in (".txt", ".TXT", ".caption", ".CAPTION")]
+    names += [picture.with_name(f"{picture.name}{ending}") for ending in (".txt", ".TXT", ".caption")]
+    return next((path for path in names if path.exists()), names[0])
+
+
+def read_caption(picture):
+    """The text beside a picture, on one line; empty if there is none. Raises BadInput if it is not UTF-8."""
+    path = caption_file(picture)
     try:
         return " ".join(read_text(path).split())
     except FileNotFoundError:
@@ -49,10 +56,7 @@ def read_caption(path):
 
 def subject_caption(picture, placeholder, class_word):
     """The caption beside a photo, with the placeholder in it where one is given. Raises BadInput."""
-    path = picture.with_suffix(".txt")
-    near = (picture.with_suffix(".caption"), picture.with_suffix(".TXT"), Path(f"{picture}.txt"))
-    path = next((found for found in (path, *near) if found.exists()), path)
-    caption = read_caption(path)
+    path, caption = caption_file(picture), read_caption(picture)
     if not caption or not placeholder:
         return caption
     tokenizer = Tokenizer([placeholder])
@@ -67,6 +71,12 @@ def subject_caption(picture, placeholder, class_word):
         raise BadInput(f"{path}: {placeholder} comes after the {TEXT_LENGTH - 2} tokens that are read; "
                        f"put it earlier")
     return caption
+
+
+def counted(photos, subject_words):
+    """What a training has read: "4 photos of V* dog, 3 with a caption"."""
+    captions = sum(bool(photo.caption) for photo in photos)
+    return f"{len(photos)} photos of {subject_words}, {captions} with a caption"
 
 
 def read_prompts(path):

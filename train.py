@@ -14,26 +14,26 @@ latents z (B, 4, T, h, w), 8 times smaller than pixels.
 from dataclasses import replace
 from pathlib import Path
 
-from cli import (BadInput, FlagParser, check_out, join_processes, pick_precision, run_script,
+from cli import (BadInput, FlagParser, Progress, check_out, join_processes, pick_precision, run_script,
                  stop_signals, this_process)
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from config import (RANGES, SamplingDefaults, TrainingDefaults, add_flags, add_speed_flags, check_flags,
                     check_sampling, load_config, with_flags)
 from data import Samples, load_photos, load_prior, still_video
-from files import default_base, load_base, pick_checkpointing, pick_images
+from files import default_base, load_base, pick_checkpointing, pick_images, warn_of_photos
 from lora import LiveLoRA, Subject
 from model import Tokenizer
 from paper.baselines import METHODS, add_method_flags, fill_published
-from runs import (Log, load_training, newest_save, pick_run, prior_folder, prior_writer, run_settings,
-                  run_writer, save_fingerprint, save_preview, save_prior_clip, save_training)
+from runs import (Log, default_run, digests, load_training, newest_save, pick_run, prior_folder, prior_writer,
+                  run_settings, run_writer, save_fingerprint, save_preview, save_prior_clip, save_training,
+                  say_how_it_ended, watching)
 from sample import generate
-from texts import check_placeholder, default_prompt
+from texts import check_placeholder, counted, default_prompt
 
 
 class SubjectLoss(nn.Module):
@@ -80,18 +80,18 @@ def main():
     sampling = with_flags(config.sampling, args, only=("frames", "height", "width"))
     check_sampling(config, sampling)
     images, class_word = pick_images(args, config)
-    out, last_save = pick_run(args.out, args.resume, Path("runs") / images.resolve().name)
+    photos = load_photos(images, max(sampling.height, sampling.width), args.placeholder, class_word)
+    out, last_save = pick_run(args.out, args.resume, default_run(images), photos)
     join_processes(process, base=config.fingerprint, save=save_fingerprint(last_save))
 
-    # Load the base and the photos. Make or read the class prior, and encode it once.
+    # Load the base. Make or read the class prior, and encode it once.
     precision = pick_precision(args.precision, process.device, training=True)
     base = load_base(args.base, process.device, getattr(torch, precision))
-    photos = load_photos(images, max(sampling.height, sampling.width), args.placeholder, class_word)
     subject_words = f"{args.placeholder} {class_word}"
     if process.rank == 0:
-        print(f"base {args.base} ({config.name}), subject {images}: {len(photos)} photos of {subject_words}")
-    use_prior = settings.alpha > 0
-    prior = encode_prior(args, out, class_word, settings, sampling, base, process) if use_prior else None
+        print(f"base {args.base} ({config.name}), subject {images}: {counted(photos, subject_words)}")
+        warn_of_photos(photos, sampling.height, sampling.width)
+    prior = encode_prior(args, out, class_word, settings, sampling, base, process) if settings.alpha else None
 
     # Create what is trained: V*, started from the class word, and the updates of the spatial attention.
     method = METHODS[args.method]
@@ -114,14 +114,14 @@ def main():
     subject = Subject(args.placeholder, class_word, settings.rank, config.name, base.config.fingerprint, 0,
                       args.method, updates=updates, v_star=loss.v_star)
     subject.settings = run_settings(settings, sampling, args) | {
-        "clips_a_step": clips_per_step, "precision": precision, "images": str(images), "photos": len(photos),
-        "class_word": class_word}
-    first = load_training(last_save, subject, optimizer, settings.steps) if last_save else 0
+        "clips_a_step": clips_per_step, "precision": precision, "class_word": class_word,
+        "images": str(images)} | digests(base, photos, prior)
+    first = load_training(last_save, subject, optimizer, settings.steps, process.rank) if last_save else 0
 
     tokenizer = Tokenizer([args.placeholder])
     prior_count = len(prior[0]) if prior else 0
     samples = Samples(photos, subject_words, prior_count, args.seed, sampling, config.vae.factor,
-                      method.make_sample)
+                      method.make_sample, not args.no_flip)
 
     def next_batch(step, round):
         """This process's share of the samples, as SubjectLoss takes them."""
@@ -133,19 +133,25 @@ def main():
             clips += [prior[0][which].expand(-1, -1, sampling.frames, -1, -1), prior[1][which]]
         return clips
 
-    with (run_writer(out, last_save, process.rank), stop_signals() as signals,
+    with (run_writer(out, last_save, process.rank), stop_signals(process) as asked_to_stop,
           Log(out / "log.jsonl", first, settings.steps, process.rank) as log):
         for step in range(first + 1, settings.steps + 1):
             method.before_step(loss, step, args.word_steps)
             losses = torch.zeros(2, device=process.device)
             for round in range(settings.grad_accum):
+                if stop := asked_to_stop():
+                    break
                 if process.world > 1:
                     model.require_backward_grad_sync = round == settings.grad_accum - 1
                 subject_loss, prior_loss = model(*next_batch(step, round))
                 total = subject_loss + settings.alpha * prior_loss          # Eq. 4
                 (total / settings.grad_accum).backward()
                 losses += torch.stack([subject_loss, prior_loss]).detach() / settings.grad_accum
-            subject_loss, prior_loss, stop = mean_over_processes(losses, bool(signals), process.world)
+            if stop:  # what is saved is the last whole step
+                break
+            if process.world > 1:
+                dist.all_reduce(losses)
+            subject_loss, prior_loss = (losses / process.world).tolist()    # means over processes
             norm = torch.stack([p.grad.norm() for p in loss.parameters() if p.grad is not None]).norm().item()
             if not np.isfinite(subject_loss + prior_loss + norm):
                 raise BadInput(f"--lr {settings.lr}: the loss or its gradient is not finite at step {step}; "
@@ -153,34 +159,23 @@ def main():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-            # Log, preview, save.
+            # Log, save, preview.
             subject.steps = step
             log(step, loss=subject_loss, prior_loss=prior_loss, grad_norm=norm, lr=settings.lr)
-            if process.rank == 0:
-                last = step == settings.steps
-                if settings.preview_every and (step % settings.preview_every == 0 or last):
+            last = step == settings.steps
+            preview_due = settings.preview_every and (step % settings.preview_every == 0 or last)
+            if process.rank == 0 and (step % settings.save_every == 0 or last or preview_due):
+                save_training(out, subject, optimizer, args.keep_last)
+            if process.rank == 0 and preview_due:
+                with watching(f"the preview of step {step}"):
                     save_preview(out, step, *preview(base, sampling, subject, LiveLoRA(layers.values())))
-                if step % settings.save_every == 0 or last or stop:
-                    save_training(out, subject, optimizer, args.keep_last)
-            if stop:
-                break
+        if process.rank == 0 and stop:
+            save_training(out, subject, optimizer, args.keep_last)
 
     if process.rank == 0:
-        if stop:
-            print(f"stopped after step {step} of {settings.steps}; the same command with --resume {out} "
-                  f"goes on")
-        print(f"wrote {out / 'subject.safetensors'}")
+        say_how_it_ended(out, subject, settings.steps)
     if process.world > 1:
         dist.destroy_process_group()
-
-
-def mean_over_processes(losses, stop, world):
-    """-> the two losses' means over processes, and whether any process wants to stop, in one all-reduce."""
-    numbers = torch.cat([losses, losses.new_tensor([stop])])
-    if world > 1:
-        dist.all_reduce(numbers)
-    subject_loss, prior_loss, stop = (numbers / world).tolist()
-    return subject_loss, prior_loss, stop > 0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -188,7 +183,7 @@ def mean_over_processes(losses, stop, world):
 
 
 def encode_prior(args, out, class_word, settings, sampling, base, process):
-    """The class prior -> latents (n, 4, T, h, w), T = 1 if all are still, and contexts (n, L, D)."""
+    """The class prior -> latents (n, 4, T, h, w), T = 1 if all are still; contexts (n, L, D); checksums."""
     class_caption, folder, count = f"a {class_word}", args.prior, settings.num_prior
     if folder is None:
         sampling_prior = replace(sampling, frames=sampling.frames if args.prior_motion else 1)
@@ -196,15 +191,16 @@ def encode_prior(args, out, class_word, settings, sampling, base, process):
         generate_prior(folder, facts, class_caption, count, sampling_prior, base, process)
     videos, contexts, tokenizer = [], {}, Tokenizer()
     prior = load_prior(folder, count, sampling.frames, sampling.height, sampling.width)
-    captions = [caption or class_caption for _, caption in prior]
+    captions = [caption or class_caption for _, caption, _ in prior]
     with torch.no_grad():
-        for (video, _), caption in zip(prior, captions):
+        for (video, _, _), caption in zip(prior, captions):
             videos.append(base.encode(video).transpose(0, 1))               # (4, 1 or T, h, w)
             if caption not in contexts:
                 contexts[caption] = base.text_encoder(tokenizer([caption]).to(base.device))[0]
     longest = max(video.shape[1] for video in videos)
     z = torch.stack([video.expand(-1, longest, -1, -1) for video in videos])
-    return z, torch.stack([contexts[caption] for caption in captions])
+    checksums = [(caption, crc32) for caption, (_, _, crc32) in zip(captions, prior)]
+    return z, torch.stack([contexts[caption] for caption in captions]), checksums
 
 
 def generate_prior(folder, facts, caption, count, sampling, base, process):
@@ -220,7 +216,7 @@ def generate_prior(folder, facts, caption, count, sampling, base, process):
             dist.barrier()
         numbers = [k for k in range(process.rank, count, process.world) if not path(k).exists()]
         batches = [numbers[i:i + size] for i in range(0, len(numbers), size)]
-        for batch in tqdm(batches, desc="prior", unit="batch", disable=process.rank > 0):
+        for batch in Progress(batches, desc="prior", unit="batch", disable=process.rank > 0):
             videos = generate(base, [caption] * len(batch), batch, settings=sampling).numpy()
             for k, video in zip(batch, videos):
                 save_prior_clip(path(k), video, sampling.save_fps)
@@ -234,8 +230,10 @@ def preview(base, sampling, subject, lora):
     Too many steps freeze the motion. Here a person sees it come, and can take an earlier save.
     """
     prompt = default_prompt(sampling, [subject])
-    videos = generate(base, [prompt] * 2, (0, 1), [subject], sampling, lora=lora).numpy()
-    lora.set(1.0)
+    try:
+        videos = generate(base, [prompt] * 2, (0, 1), [subject], sampling, lora=lora).numpy()
+    finally:
+        lora.set(1.0)
     return videos, f"step {subject.steps}: {prompt}"
 
 
@@ -252,6 +250,7 @@ def parse_args():
     p.add_argument("--class_word", default="",
                    help="what the subject is, such as dog; V* starts from its embedding")
     p.add_argument("--placeholder", default="V*", help="how prompts name the subject (default: %(default)s)")
+    p.add_argument("--no_flip", action="store_true", help="never mirror a photo: for text, for asymmetry")
     add_method_flags(p)
     p.add_argument("--prior", type=Path,
                    help="folder with pictures or videos of the class; left out: the base makes them, once")

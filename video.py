@@ -1,16 +1,18 @@
-"""Clips in and out: mp4, gif and png, each with a JSON of how it was made; labels and sheets of frames.
+"""Clips in and out: mp4, gif and png, each with a JSON of how it was made; labels, sheets of frames, motion.
 
 Nothing to run here, and nothing of the paper. Videos are (T, H, W, 3) uint8.
 """
 import json
 import os
 import re
+import subprocess
 import unicodedata
 from itertools import islice
 
 import imageio.v3 as iio
 import imageio_ffmpeg
 import numpy as np
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from cli import BadInput, check_regular, complete_or_absent, one_line, quiet_libraries, read_json
@@ -29,11 +31,11 @@ def write_mp4(path, video, fps, quality):
                         macro_block_size=1, output_params=COLOURS)
         # imageio hides ffmpeg's failure. It would read an empty file for ten seconds.
         complete = path.stat().st_size > 0 and len(read_video(path)) == len(video)
-    except (OSError, BadInput):
+    except (OSError, BadInput):  # ffmpeg ended early, or what it wrote is no video
         complete = False
     if not complete:
-        raise BadInput(f"{path}: ffmpeg did not write all {len(video)} frames; is the disk full? "
-                       f"--format gif needs no ffmpeg")
+        raise BadInput(f"{path.parent}: ffmpeg did not write all {len(video)} frames of an mp4 there; make "
+                       f"room, take an ffmpeg with libx264, or pass --format gif")
 
 
 def write_gif(path, video, fps):
@@ -51,13 +53,20 @@ def write_gif(path, video, fps):
 
 def check_formats(formats):
     """There is an ffmpeg if mp4 is asked. Raises BadInput."""
-    if "mp4" not in formats:
-        return
+    if "mp4" in formats:
+        check_ffmpeg("--format mp4", "or pass --format gif")
+
+
+def check_ffmpeg(flag, other_way):
+    """An ffmpeg is there, and runs. Raises BadInput that names `flag`."""
+    named = os.environ.get("IMAGEIO_FFMPEG_EXE")
+    advice = "unset IMAGEIO_FFMPEG_EXE" if named else "pip install imageio[ffmpeg]"
     try:
-        imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError as error:
-        raise BadInput(f"--format mp4: needs ffmpeg ({one_line(error)}); pip install imageio[ffmpeg], "
-                       f"or pass --format gif") from None
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-version"]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        raise BadInput(f"{flag}: needs ffmpeg, which does not run ({one_line(error)}); {advice}, "
+                       f"{other_way}") from None
 
 
 def read_video(path, frames=None):
@@ -70,6 +79,8 @@ def read_video(path, frames=None):
             raise ValueError(f"it has {len(video)} frames, and its JSON says {frames}")
         return video
     except Exception as error:  # imageio's plugins each raise their own
+        if path.suffix == ".mp4":
+            check_ffmpeg(path, "or move the mp4 away if its gif will do")
         hint = "delete its JSON and sample it again"
         raise BadInput(f"{path}: not a readable video ({one_line(error)}); {hint}") from None
 
@@ -198,3 +209,30 @@ def sheet(videos, columns=8):
         shown = np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int)
         rows.append(np.asarray(labelled([enlarged(video[t]) for t in shown], label)))
     return Image.fromarray(np.concatenate(rows))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Motion, as it forms
+
+
+def motion_held(predicted, final):
+    """How far two clips (C, T, H, W) move alike: 1 for the same motion, 0 for a still clip.
+
+    This is the correlation of what moves: each frame less the clip's mean frame. A correlation leaves out how
+    strong a motion is. Early predictions are averages of many clips, so they are all too weak.
+    """
+    moving = [(clip - clip.mean(dim=1, keepdim=True)).flatten() for clip in (predicted, final)]
+    return F.cosine_similarity(*moving, dim=0).item()
+
+
+def motion_line(predicted, shown, enough=0.9):
+    """A clip (C, T, H, W) as predicted at each step, the last time final -> a line of text on its motion.
+
+    The first step that holds `enough` of the motion is a K to try: motion has formed by then.
+    """
+    held = [motion_held(clip, predicted[-1]) for clip in predicted]
+    if len(predicted[-1][0]) == 1 or max(held) < enough:
+        return "nothing moves in it"
+    first = next(i for i, share in enumerate(held) if share >= enough)
+    at_steps = ", ".join(f"{held[i]:.2f} at step {i + 1}" for i in shown)
+    return f"motion {at_steps}; the first step with {enough} of it is {first + 1}"

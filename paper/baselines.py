@@ -84,9 +84,9 @@ class CustomDiffusion:
         return layers
 
     @staticmethod
-    def make_sample(photo, rng, height, width, factor, subject_words):
-        """A photo, mirrored half of the time, shrunk or enlarged -> frame, caption, weight of the loss (h,
-        w).
+    def make_sample(photo, rng, height, width, factor, subject_words, flip=True):
+        """A photo, if `flip` mirrored half of the time, shrunk or enlarged -> frame, caption, weight of the
+        loss (h, w).
 
         A photo at less than 0.6 of its size lies somewhere on grey. There the loss counts inside the photo,
         one latent cell from the photo's edge. The weight's mean is 1, so the mean over the clip becomes the
@@ -96,7 +96,7 @@ class CustomDiffusion:
         weight = torch.ones(height // factor, width // factor)
         scale = rng.uniform(1 / 3, 1) if rng.random() < 2 / 3 else rng.uniform(1.2, 1.4)
         h, w = round(scale * height), round(scale * width)
-        image = ImageOps.mirror(photo.image) if rng.random() < 0.5 else photo.image
+        image = ImageOps.mirror(photo.image) if flip and rng.random() < 0.5 else photo.image
         resized = lambda h, w: pixels(ImageOps.fit(image, (w, h), Image.BICUBIC))
 
         if scale < 0.6:

@@ -22,8 +22,8 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from cli import (BadInput, FlagParser, check_out, check_regular, complete_or_absent, join_processes, one_line,
-                 printable, read_json, run_script, this_process, warn)
+from cli import (BadInput, FlagParser, Progress, check_out, check_regular, complete_or_absent, join_processes,
+                 one_line, printable, read_json, run_script, this_process, warn)
 import numpy as np
 import open_clip
 import timm
@@ -33,7 +33,6 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torchvision import transforms
-from tqdm import tqdm
 
 from data import load_photos
 from files import check_tensors, check_values, from_hub, is_plain_state
@@ -57,7 +56,7 @@ def main():
     clip_photos, dino_photos = clip.images(photos), dino.images(photos)                     # (N, D) each
     rows, base_rows = [], []
     mine = videos[process.rank::process.world]
-    for path, facts in tqdm(mine, desc="evaluate", unit="video", disable=process.rank > 0):
+    for path, facts in Progress(mine, desc="evaluate", unit="video", disable=process.rank > 0):
         video, row = read_video(path, facts.get("frames")), describe(path, facts)           # (T, H, W, 3)
         frames = [Image.fromarray(frame) for frame in video]
         clip_frames, dino_frames = clip.images(frames), dino.images(frames)                 # (T, D) each

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from config import check_flags, load_config
 from paper.baselines import METHODS
-from runs import newest_save
+from runs import finish, newest_save
 from video import slug
 
 
@@ -145,11 +145,14 @@ def train_subjects(args, trainings):
         environment.pop("OMP_NUM_THREADS", None)  # a training on its own has all cores
     for name in list(trainings)[process.rank::process.world]:
         flags, folder = trainings[name], folders[name]
-        if not (folder / f"step-{flags['steps']:06d}").exists():
+        save = newest_save(folder)
+        if save and save.name == f"step-{flags['steps']:06d}":
+            finish(save)
+        else:
             training_flags = []
             for flag, value in flags.items():
                 training_flags += [f"--{flag}"] if value is True else [f"--{flag}", value]
-            start = "--resume" if newest_save(folder) else "--out"
+            start = "--resume" if save else "--out"
             command(f"training {name}", sys.executable, ROOT / "train.py", "--base", args.base,
                     *training_flags, start, folder, environment=environment)
     if process.world > 1:

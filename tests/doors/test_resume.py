@@ -5,23 +5,26 @@ Scripts run in forked children, which have no start-up each time.
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import data
 import runs
 import stress
 import train
-from files import load_subject
-from makers import fork, run, wait
+from config import load_config
+from files import base_files, load_subject, save_base_config
+from makers import fork, fork_ranks, run, wait, write_base
 
 
 @pytest.fixture()
@@ -110,6 +113,52 @@ def test_signals_save_and_say_how_to_go_on(start, tmp_path, number):
     assert steps_logged(out) == list(range(1, steps[-1] + 3))
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_stop_is_noticed_between_the_parts_of_a_step(base_folder, photos_folder, tmp_path, world):
+    """Of two processes one gets the signal. What is saved is the last whole step."""
+    argv = ["train.py", "--base", base_folder, "--images", photos_folder, "--class_word", "dog", "--alpha", 0,
+            "--grad_accum", 8, "--steps", 3]
+
+    def slow_main():
+        forward, calls = train.SubjectLoss.forward, []
+
+        def slow(*args):
+            calls.append(1)
+            if len(calls) == 18:
+                Path("in part 2 of step 3").touch()
+            time.sleep(2 * (len(calls) >= 18))
+            return forward(*args)
+        train.SubjectLoss.forward = slow
+        train.main()
+
+    assert set(map(wait, fork_ranks(world, train.main, [*argv, "--out", "whole"], tmp_path))) == {0}
+    pids = fork_ranks(world, slow_main, [*argv, "--out", "parts"], tmp_path)
+    wait_for((tmp_path / "in part 2 of step 3").exists)
+    os.kill(pids[-1], signal.SIGTERM)
+    began = time.time()
+    assert set(map(wait, pids)) == {0}
+    assert time.time() - began < 8  # of the 14 that the step still takes
+    assert [path.name for path in (tmp_path / "parts").glob("step-*")] == ["step-000002"]
+    assert "stopped after step 2 of 3" in (tmp_path / "output").read_text()
+    assert set(map(wait, fork_ranks(world, train.main, [*argv, "--resume", "parts"], tmp_path))) == {0}
+    assert equal(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_stop_in_the_first_step_says_so(start, tmp_path):
+    def stop_at_once():
+        forward = train.SubjectLoss.forward
+
+        def stopping(*args):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return forward(*args)
+        train.SubjectLoss.forward = stopping
+
+    common = ["--alpha", 0, "--grad_accum", 2, "--steps", 2, "--out", "out"]
+    assert wait(start(*common, before=stop_at_once)) == 0
+    assert "stopped before step 1 of 2 was done" in (tmp_path / "output").read_text()
+    assert wait(start(*common)) == 0
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_save(start, base, tmp_path):
     def poison():
         real, calls = data.noise_sample, []
@@ -196,6 +245,121 @@ def test_a_finished_run_is_not_written_over(start, tmp_path, photos_folder):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# The same content, wherever it lies
+
+
+@pytest.fixture()
+def begun(base_folder, photos_folder, start, tmp_path):
+    """A run of two steps in tmp_path/out. Its base and its photos are copies, which a test may change."""
+    shutil.copytree(base_folder, tmp_path / "base")
+    shutil.copytree(photos_folder, tmp_path / "photos")
+    assert wait(start("--base", "base", "--images", "photos", "--steps", 2, "--out", "out")) == 0
+    return tmp_path
+
+
+GO_ON = ["--base", "base", "--images", "photos", "--steps", 3, "--resume", "out"]
+
+
+def test_the_same_photos_and_base_elsewhere_are_the_same(begun, start):
+    (begun / "elsewhere").mkdir()
+    shutil.move(begun / "photos", begun / "elsewhere" / "dogs")
+    shutil.move(begun / "base", begun / "elsewhere" / "base")
+    moved = ["--images", begun / "elsewhere" / "dogs", "--base", "elsewhere/base"]
+    assert wait(start(*GO_ON, *moved)) == 0, (begun / "output").read_text()
+    os.symlink(begun / "elsewhere" / "dogs", begun / "a link")
+    linked = start(*GO_ON, *moved, "--images", "a link", "--steps", 4)
+    assert wait(linked) == 0, (begun / "output").read_text()
+
+
+def change_photo(folder):
+    Image.new("RGB", (60, 40), "red").save(folder / "photos" / "0.png")
+
+
+def exchange_photos(folder):
+    os.rename(folder / "photos" / "0.png", folder / "photos" / "3.png")
+
+
+def change_caption(folder):
+    (folder / "photos" / "1.txt").write_text("V* under a table")
+
+
+def change_prior(folder):
+    picture, = folder.glob("prior/*/0001.png")
+    Image.new("RGB", (48, 32), "red").save(picture)
+
+
+def change_base(folder):
+    """Other weights of the same shapes, of which base_fingerprint sees nothing."""
+    config_path, *weights = base_files(folder / "base")
+    tensors = load_file(weights[0])
+    tensors["conv_out.weight"] += 0.1
+    save_file(tensors, weights[0])
+    save_base_config(load_config(config_path), config_path, weights)
+
+
+def exchange_base(folder):
+    shutil.rmtree(folder / "base")
+    write_base(folder / "base", seed=1)
+
+
+def change_noise(folder):
+    config_path, *weights = base_files(folder / "base")
+    config = load_config(config_path)
+    config.schedule.beta_end *= 1.1
+    save_base_config(config, config_path, weights)
+
+
+@pytest.mark.parametrize("change, flags, says", [
+    (change_photo, [], "--images: holds not the photos"),
+    (exchange_photos, [], "--images: holds not the photos"),
+    (change_caption, [], "--images: holds not the captions"),
+    (change_prior, [], "--prior or --num_prior: does not give the pictures"),
+    (None, ["--num_prior", 3], "--prior or --num_prior"),
+    (None, ["--prior", "photos", "--num_prior", 2], "--prior or --num_prior"),
+    (change_base, [], "--base: is not the base"),
+    (exchange_base, [], "--base: is not the base"),
+    (change_noise, [], "--base: is not the base")], ids=lambda case: getattr(case, "__name__", None))
+def test_other_content_under_the_same_name_is_refused(begun, start, change, flags, says):
+    if change:
+        change(begun)
+    before = {path: path.stat().st_mtime_ns for path in (begun / "out").rglob("*")}
+    assert wait(start(*GO_ON, *flags)) == 2
+    errors = [line for line in (begun / "output").read_text().splitlines() if "error" in line]
+    assert len(errors) == 1 and says in errors[0] and "of the run that out/step-000002 is from" in errors[0]
+    assert {path: path.stat().st_mtime_ns for path in (begun / "out").rglob("*")} == before
+
+
+def test_a_save_without_digests_is_taken_and_said(begun, start):
+    """A former version recorded the folder's path and the number of photos."""
+    save = begun / "out" / "step-000002"
+    state = torch.load(save / "state.pt", weights_only=True)
+    for name in ("base", "captions", "prior"):
+        del state["settings"][name]
+    state["settings"] |= {"images": "photos", "photos": 3}
+    torch.save(state, save / "state.pt")
+    (save / "checksums.json").unlink()
+    assert wait(start(*GO_ON)) == 0
+    warnings = [line for line in (begun / "output").read_text().splitlines() if "warning" in line]
+    assert len(warnings) == 2 and "no checksums" in warnings[0] and "does not record its base" in warnings[1]
+
+
+def test_latest_is_the_newest_run_of_these_photos(base_folder, start, tmp_path):
+    """Neither a longer name nor one that reads as a pattern leads to another's run."""
+    names = ("dog", "dog-2024", "dog [1]", "dog-2")
+    for n, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (48, 32), (50 * n, 0, 0)).save(tmp_path / name / "a.png")
+        assert wait(start("--images", name, "--alpha", 0, "--steps", 1)) == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(names)
+    for name in names:
+        assert wait(start("--images", name, "--alpha", 0, "--steps", 2, "--resume", "latest")) == 0
+        assert (tmp_path / "output").read_text().splitlines()[-1] == f"wrote runs/{name}/subject.safetensors"
+    Image.new("RGB", (48, 32), "white").save(tmp_path / "dog" / "a.png")
+    assert wait(start("--images", "dog", "--alpha", 0, "--steps", 3, "--resume", "latest")) == 2
+    assert "--resume latest: no run of these photos is under runs" in (tmp_path / "output").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------------
 # What lies in a run's folder
 
 
@@ -219,11 +383,12 @@ def test_the_prior_may_be_videos_with_captions(start, tmp_path):
     (folder / "0001.txt").write_text("a dog on the grass")
     (folder / "0002.mp4").write_bytes(b"not a video")
     assert wait(start("--steps", 1, "--prior", folder, "--num_prior", 5, "--out", "given")) == 0
-    output = (tmp_path / "output").read_text()
-    assert output.count("warning") == 1 and "0002.mp4" in output
+    lines = (tmp_path / "output").read_text().splitlines()
+    warning, = [line for line in lines if line.startswith("warning") and str(folder) in line]
+    assert "0002.mp4" in warning
     assert not equal(tmp_path / "made", tmp_path / "given")  # the caption counts
     assert wait(start("--steps", 1, "--prior_motion", "--num_prior", 3, "--out", "more")) == 0
     assert [p.stat().st_mtime_ns for p in sorted(folder.glob("000[01].mp4"))] == kept
-    (video, caption), (_, other_caption) = data.load_prior(folder, 2, 3, 32, 48)
+    (video, caption, _), (_, other_caption, _) = data.load_prior(folder, 2, 3, 32, 48)
     assert video.shape == (3, 3, 32, 48) and not torch.equal(video[0], video[2])
     assert (caption, other_caption) == ("", "a dog on the grass")

@@ -116,8 +116,8 @@ def test_saves_sort_as_numbers(tmp_path, training):
 def test_a_finished_subject_is_never_written_over(tmp_path):
     (tmp_path / "subject.safetensors").write_text("mine")
     with pytest.raises(BadInput, match="holds a run"):
-        pick_run(tmp_path, "", tmp_path)
-    assert pick_run(None, "", tmp_path)[0] == tmp_path.with_name(f"{tmp_path.name}-2")
+        pick_run(tmp_path, "", tmp_path, [])
+    assert pick_run(None, "", tmp_path, [])[0] == tmp_path.with_name(f"{tmp_path.name}-2")
     with pytest.raises(BadInput, match="meanwhile"), run_writer(tmp_path, None, 0):
         pass
 
