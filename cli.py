@@ -426,8 +426,8 @@ def quiet_libraries():
         os.close(nowhere)
 
 
-def read_bytes(path, count):
-    """The first `count` bytes of a file. Raises OSError."""
+def read_bytes(path, count=-1):
+    """The first `count` bytes of a file, or all. Raises OSError."""
     check_regular(path)
     with open(path, "rb") as f:
         return f.read(count)

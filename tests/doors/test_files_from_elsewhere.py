@@ -24,6 +24,7 @@ from files import (base_files, check_replaced, find_subjects, load_base, load_pi
 from makers import SMALL, golden_state, random_subject
 from model import TEXT_LENGTH, Tokenizer
 from paper import evaluate
+from runs import Log, read_save, save_preview
 from texts import read_caption, read_prompts
 from video import free_path, read_video, save_video, write_mp4
 
@@ -102,6 +103,27 @@ def test_a_pipe_or_a_device_is_no_subject_and_no_facts(tmp_path, monkeypatch, ki
     assert free_path(tmp_path / "outputs", "a-1", {"seed": 1}, [".gif"]).name == "a-1-2"
     with pytest.raises(BadInput, match="no video with its JSON"):
         evaluate.find_videos([tmp_path / "outputs"])
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("name", ["state.pt", "subject.safetensors", "checksums.json"])
+def test_a_pipe_or_a_device_in_a_save_is_refused(tmp_path, kind, name):
+    save = tmp_path / "step-000001"
+    save.mkdir()
+    for other in {"state.pt", "subject.safetensors", "checksums.json"} - {name}:
+        (save / other).write_text("{}")
+    put(kind, save / name)
+    with pytest.raises(BadInput, match=f"--resume {save}: not a readable save .*not a regular file"):
+        read_save(save)
+
+
+def test_a_pipe_where_the_log_goes_costs_no_run(tmp_path, capsys):
+    put("pipe", tmp_path / "log.jsonl")
+    put("pipe", tmp_path / "previews" / "step-000001.png")
+    with Log(tmp_path / "log.jsonl", 0, 1, 0) as log:
+        log(1, loss=1.0)
+    save_preview(tmp_path, 2, np.zeros((1, 4, 16, 16, 3), np.uint8), "a dog")
+    assert "not a regular file" in capsys.readouterr().err and (tmp_path / "preview.png").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -399,7 +421,8 @@ FFMPEGS = {
     "fails at once": "exit 1",
     "writes nothing": "exec {real} -version",
     "is killed": "read line; kill -9 $$",
-    "leaves half": '{real} "$@"; for last; do :; done; truncate -s $(($(stat -c %s "$last") / 2)) "$last"'}
+    "leaves half": """{real} "$@"; for last; do :; done
+case "$last" in *.mp4) truncate -s $(($(stat -c %s "$last") / 2)) "$last";; esac"""}
 
 
 @pytest.mark.parametrize("kind", FFMPEGS)

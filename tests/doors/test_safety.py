@@ -288,7 +288,7 @@ def test_two_experiments_in_one_folder(tmp_path, monkeypatch):
 
 def test_custom_diffusion_on_the_smallest_frame_has_a_finite_loss():
     """Of two latent rows, one at least lies inside a photo that is placed anywhere."""
-    photo = Photo(Image.new("RGB", (40, 40)), "")
+    photo = Photo(Image.new("RGB", (40, 40)), "", Path(), 0)
     for seed in range(200):
         _, _, weight = CustomDiffusion.make_sample(photo, np.random.default_rng(seed), 16, 16, 8, "V* dog")
         assert weight.shape == (2, 2) and weight.isfinite().all() and abs(weight.mean() - 1) < 1e-6
