@@ -123,7 +123,8 @@ def test_a_pipe_where_the_log_goes_costs_no_run(tmp_path, capsys):
     with Log(tmp_path / "log.jsonl", 0, 1, 0) as log:
         log(1, loss=1.0)
     save_preview(tmp_path, 2, np.zeros((1, 4, 16, 16, 3), np.uint8), "a dog")
-    assert "not a regular file" in capsys.readouterr().err and (tmp_path / "preview.png").exists()
+    said = "".join(capsys.readouterr())
+    assert "log.jsonl: not written (it is not a regular file)" in said and (tmp_path / "preview.png").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------
