@@ -1,12 +1,12 @@
 """Eq. 1, 3 and 4 of CustomCrafter: from photos as still videos, V* and a LoRA learn a subject.
 
     python train.py                                         # the base's own subject, one process
-    torchrun --nproc_per_node 4 train.py                    # the same on 4 processes, GPUs or CPUs
+    torchrun --nproc_per_node 4 train.py                    # 4 processes, GPUs or CPUs, 4 times the clips
     python train.py --images photos/dog --class_word dog    # your own photos; --base names another base
     python train.py --resume latest                         # goes on where a stopped run was
 
 Writes OUT/subject.safetensors, which sample.py takes; OUT/step-*/, the newest saves; OUT/log.jsonl and
-OUT/preview.png. One vector V* and 96 pairs (A, B) are trained. Everything else is frozen.
+OUT/preview.png. V* and the pairs (A, B) are trained, 96 for VideoCrafter2. All else is frozen.
 
 Shapes: B subject clips per process and as many prior clips, T frames, L text tokens, D text width;
 latents z (B, 4, T, h, w), 8 times smaller than pixels.
@@ -50,10 +50,10 @@ class SubjectLoss(nn.Module):
         self.frozen = (base,)
 
     def forward(self, photos, tokens, weight, t, eps, prior_z=None, prior_context=None):
-        """Samples of the subject, and as many of the class prior or none -> Eq. 1 and Eq. 3, two scalars.
+        """B subject clips, and B prior clips or none -> the losses of Eq. 1 and Eq. 3, two scalars.
 
-        photos (B, 3, H, W) in [-1, 1]; tokens (B, L), captions with V*; weight (B, h, w), 1 where a place
-        counts; t (B or 2B,) in 0 ... 999; eps (B or 2B, 4, T, h, w); prior_z (B, 4, T, h, w);
+        photos (B, 3, H, W) in [-1, 1]; tokens (B, L), captions with V*; weight (B, h, w) of the
+        places, 1 on average; t (B or 2B,) in 0 ... 999; eps (B or 2B, 4, T, h, w); prior_z (B, 4, T, h, w);
         prior_context (B, L, D). 2B where there is a prior.
         """
         base, = self.frozen
@@ -99,7 +99,8 @@ def main():
     v_star = method.start_word(base.text_encoder, class_word)
     layers = method.add_layers(base.unet, settings.rank, args.targets)
     loss = SubjectLoss(base, v_star, layers, sampling.frames, sampling.fps)
-    groups = [{"params": [loss.v_star], "lr": args.word_lr or settings.lr}, {"params": list(loss.updates)}]
+    word_lr = settings.lr if args.word_lr is None else args.word_lr
+    groups = [{"params": [loss.v_star], "lr": word_lr}, {"params": list(loss.updates)}]
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
     base.unet.grad_checkpointing = pick_checkpointing(args, base, settings, sampling, process.rank)
     if args.compile:
@@ -108,7 +109,7 @@ def main():
     if process.world > 1:
         model = DistributedDataParallel(loss, find_unused_parameters=method.staged)
 
-    # Go on from a save, if asked. Everything random follows from a sample's number, so a save is short.
+    # Go on from a save, if asked. A save needs no random state (data.py).
     clips_per_step = process.world * settings.batch_size * settings.grad_accum
     updates = {name: layer.tensors() for name, layer in layers.items()}
     subject = Subject(args.placeholder, class_word, settings.rank, config.name, base.config.fingerprint, 0,
@@ -227,7 +228,7 @@ def generate_prior(folder, facts, caption, count, sampling, base, process):
 def preview(base, sampling, subject, lora):
     """The default prompt with the same two seeds each time -> videos (2, T, H, W, 3), label.
 
-    Too many steps freeze the motion. Here a person sees it come, and can take an earlier save.
+    Too many steps freeze the motion. The preview shows when, and an earlier save may be better.
     """
     prompt = default_prompt(sampling, [subject])
     try:
