@@ -426,8 +426,8 @@ def quiet_libraries():
         os.close(nowhere)
 
 
-def read_bytes(path, count):
-    """The first `count` bytes of a file. Raises OSError."""
+def read_bytes(path, count=-1):
+    """The first `count` bytes of a file, or all. Raises OSError."""
     check_regular(path)
     with open(path, "rb") as f:
         return f.read(count)
@@ -496,7 +496,7 @@ def temporary_for(path):
     if os.path.lexists(temporary):
         raise BadInput(f"{temporary}: is in the way; move it elsewhere")
     for folder in temporary.absolute().parents[:2]:
-        if (folder / RECORD).is_file():
+        if (folder / RECORD).is_file() and not (folder / RECORD).is_symlink():
             try:
                 with open(folder / RECORD, "a", encoding="utf-8") as record:
                     record.write(json.dumps(str(temporary.absolute().relative_to(folder))) + "\n")
@@ -510,7 +510,7 @@ def temporary_for(path):
 def unfinished(folder):
     """The paths that the record of a writer of `folder` names. A name that leads elsewhere is passed over."""
     record, found = folder / RECORD, []
-    if not record.is_file():
+    if record.is_symlink() or not record.is_file():
         return found
     for line in record.read_text(encoding="utf-8", errors="replace").splitlines():
         try:

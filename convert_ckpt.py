@@ -222,7 +222,7 @@ def write_part(path, out, names, dtype):
             if tensor.dtype not in DTYPES:
                 raise BadInput(f"{path}: {name} is {tensor.dtype}; float16, bfloat16 or float32 is expected")
             for piece in tensor.reshape(-1).split(2**20):
-                piece = piece.to(dtype)
+                piece = piece.to(dtype).contiguous()
                 if not piece.isfinite().all():
                     raise BadInput(f"{path}: {name} has values that are not finite in {dtype}; "
                                    f"try --dtype float32, or download the file again")

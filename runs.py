@@ -24,10 +24,10 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
-from cli import (BadInput, Busy, Progress, check_out, complete_or_absent, one_line, only_writer, peak_memory,
-                 temporary_for, warn)
+from cli import (BadInput, Busy, Progress, check_out, check_regular, complete_or_absent, one_line,
+                 only_writer, peak_memory, read_bytes, read_json, temporary_for, warn)
 from files import check_tensors, check_values, file_crc32, save_subject, subject_tensors
-from video import check_ffmpeg, labelled, slug, write_mp4
+from video import check_ffmpeg, facts_beside, labelled, slug, write_mp4
 
 
 SAVE_FILES = {"subject.safetensors", "state.pt"}        # and CHECKSUMS, which former versions did not write
@@ -90,6 +90,7 @@ def recorded_photos(run):
 def read_header(folder):
     """The settings and steps of a folder's subject; none and 0 if there is no subject that can be read."""
     try:
+        check_regular(folder / "subject.safetensors")
         with safe_open(folder / "subject.safetensors", framework="pt") as f:
             facts = f.metadata()
         return {"settings": dict(json.loads(facts["settings"])), "steps": int(facts["steps"])}
@@ -194,7 +195,7 @@ def prior_writer(folder, facts, rank):
         if rank == 0 and not record.exists():
             with complete_or_absent(record) as temporary:
                 temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        if rank == 0 and json.loads(record.read_text(encoding="utf-8")) != facts:
+        if rank == 0 and facts_beside(record) != facts:
             raise BadInput(f"{record}: says that this prior was made for something else; delete {folder}")
         yield
 
@@ -318,9 +319,9 @@ def check_settings(save, before, now, rank):
 def read_save(save):
     """-> (state, name -> tensor) of a save whose checksums are right. Raises BadInput."""
     try:
-        content = {name: (save / name).read_bytes() for name in sorted(SAVE_FILES)}
+        content = {name: read_bytes(save / name) for name in sorted(SAVE_FILES)}
         if (save / CHECKSUMS).exists():
-            checksums = json.loads((save / CHECKSUMS).read_text())
+            checksums = read_json(save / CHECKSUMS)
             for name in content:
                 if checksums[name] != zlib.crc32(content[name]):
                     raise ValueError(f"{name} is not what was saved")
@@ -389,8 +390,10 @@ class Log:
             return
         seconds, self.time = time.time() - self.time, time.time()
         line = {"step": step, **numbers, "seconds": round(seconds, 3), "memory": round(peak_memory(), 2)}
-        with watching(self.path), open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        with watching(self.path):
+            check_regular(self.path)
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
         self.mean = numbers["loss"] if self.mean is None else 0.95 * self.mean + 0.05 * numbers["loss"]
         self.bar.set_postfix(loss=f"{self.mean:.4f}", refresh=False)
         self.bar.update()
@@ -425,7 +428,7 @@ def save_preview(out, step, videos, label, width=96):
     images = [Image.fromarray(frame).resize((width, height)) for frame in frames]
     with complete_or_absent(out / "previews" / f"step-{step:06d}.png") as temporary:
         labelled(images, label).save(temporary)
-    previews = list((out / "previews").glob("step-[0-9]*.png"))
+    previews = [path for path in (out / "previews").glob("step-[0-9]*.png") if path.is_file()]
     previews.sort(key=lambda path: (len(path.name), path.name))     # as numbers: 1000000 after 999999
     rows = [np.asarray(Image.open(path)) for path in previews]
     with complete_or_absent(out / "preview.png") as temporary:

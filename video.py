@@ -34,8 +34,8 @@ def write_mp4(path, video, fps, quality):
     except (OSError, BadInput):  # ffmpeg ended early, or what it wrote is no video
         complete = False
     if not complete:
-        raise BadInput(f"{path.parent}: ffmpeg did not write all {len(video)} frames of an mp4 there; make "
-                       f"room, take an ffmpeg with libx264, or pass --format gif")
+        raise BadInput(f"{path}: ffmpeg did not write all {len(video)} frames; make room, take an ffmpeg "
+                       f"with libx264, or pass --format gif")
 
 
 def write_gif(path, video, fps):

@@ -310,7 +310,8 @@ def test_an_mp4_that_fails_is_one_line_and_the_gif_stays(base_folder, tmp_path):
     argv = ["sample.py", "--base", base_folder, "--subject", "none", "--prompt", "a dog", "--seed", 1]
     assert wait(fork(sample.main, argv, tmp_path, broken)) == 2
     error = (tmp_path / "output").read_text().splitlines()[-1]
-    assert error.startswith("error: outputs: ffmpeg did not write all 3 frames") and "--format gif" in error
+    assert "mp4: ffmpeg did not write all 3 frames" in error and "--format gif" in error
+    assert error.startswith("error: outputs/") and ".tmp-" not in error
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["a-dog-1.gif"]
 
 
