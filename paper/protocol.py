@@ -72,7 +72,7 @@ def main():
     if torch.cuda.device_count() > 1:
         python += ["-m", "torch.distributed.run", "--nproc_per_node", torch.cuda.device_count()]
     numbers = {row.name: {} for row in ROWS}
-    folders = sorted(path for path in args.subjects.glob("*") if path.is_dir())
+    folders = sorted(path for path in args.subjects.glob("[!.]*") if path.is_dir())
     if not folders:
         raise BadInput(f"--subjects {args.subjects}: should hold a folder of photos for each subject, "
                        f"named by its class word")

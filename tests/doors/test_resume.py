@@ -178,7 +178,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_save(start, base, tm
     assert all(A.isfinite().all() and B.isfinite().all() for A, B in subject.updates.values())
 
 
-@pytest.mark.parametrize("name", stress.JOBS)
+@pytest.mark.parametrize("name", stress.SHARES)
 def test_killed_at_random_moments(tmp_path, name):
     """A few of the kills of tests/stress.py."""
     kills = 1 if name == "train on 2" else 3
@@ -267,7 +267,8 @@ def test_the_same_photos_and_base_elsewhere_are_the_same(begun, start):
     moved = ["--images", begun / "elsewhere" / "dogs", "--base", "elsewhere/base"]
     assert wait(start(*GO_ON, *moved)) == 0, (begun / "output").read_text()
     os.symlink(begun / "elsewhere" / "dogs", begun / "a link")
-    assert wait(start(*GO_ON, *moved, "--images", "a link", "--steps", 4)) == 0, (begun / "output").read_text()
+    moved += ["--images", "a link", "--steps", 4]
+    assert wait(start(*GO_ON, *moved)) == 0, (begun / "output").read_text()
 
 
 def change_photo(folder):
