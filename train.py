@@ -165,12 +165,12 @@ def main():
             log(step, loss=subject_loss, prior_loss=prior_loss, grad_norm=norm, lr=settings.lr)
             last = step == settings.steps
             look = settings.preview_every and (step % settings.preview_every == 0 or last)
-            if process.rank == 0 and (step % settings.save_every == 0 or last or look):
+            if process.rank == 0 and (step % settings.save_every == 0 or look):
                 save_training(out, subject, optimizer, args.keep_last)
             if process.rank == 0 and look:
                 with watching(f"the preview of step {step}"):
                     save_preview(out, step, *preview(base, sampling, subject, LiveLoRA(layers.values())))
-        if process.rank == 0 and stop:
+        if process.rank == 0:
             save_training(out, subject, optimizer, args.keep_last)
 
     if process.rank == 0:
@@ -205,7 +205,8 @@ def encode_prior(args, out, class_word, settings, sampling, base, process):
 
 
 def generate_prior(folder, facts, caption, count, sampling, base, process):
-    """Fills `folder` with `count` pictures or clips that the base makes. Those there stay.
+    """Fills `folder` with `count` pictures or clips that the base makes. Those there stay, in whole batches:
+    which pictures share a batch shows in their last digit.
 
     The paper takes 200 pictures from LAION-400M; a folder of such pictures goes to --prior.
     """
@@ -215,12 +216,12 @@ def generate_prior(folder, facts, caption, count, sampling, base, process):
     with prior_writer(folder, facts, process.rank):
         if process.world > 1:
             dist.barrier()
-        numbers = [k for k in range(process.rank, count, process.world) if not path(k).exists()]
-        batches = [numbers[i:i + size] for i in range(0, len(numbers), size)]
-        for batch in tqdm(batches, desc="prior", unit="batch", disable=process.rank > 0):
-            videos = generate(base, [caption] * len(batch), batch, settings=sampling).numpy()
-            for k, video in zip(batch, videos):
-                save_prior_clip(path(k), video, sampling.save_fps)
+        batches = [range(i, min(i + size, count)) for i in range(0, count, size)]
+        for batch in tqdm(batches[process.rank::process.world], desc="prior", disable=process.rank > 0):
+            missing = [k for k in batch if not path(k).exists()]
+            videos = generate(base, [caption] * len(batch), batch, settings=sampling) if missing else None
+            for k in missing:
+                save_prior_clip(path(k), videos[k - batch[0]].numpy(), sampling.save_fps)
         if process.world > 1:
             dist.barrier()
 

@@ -37,6 +37,7 @@ from cli import BadInput
 from config import BaseConfig
 from convert_ckpt import convert
 from files import load_base, load_subject, save_subject
+from runs import read_header
 
 KILLS_PER_JOB = 4
 SHARES = {"convert": 0.25, "train": 0.25, "sample": 0.2, "prior": 0.2, "train on 2": 0.1}
@@ -205,7 +206,7 @@ def check_base_again(inputs, cwd):
 def training_flags(inputs, cwd):
     flags = ["--base", inputs / "base", "--images", inputs / "photos", "--class_word", "dog", "--steps", 12,
              "--save_every", 2]
-    if (cwd / "out" / "step-000012").exists():
+    if read_header(cwd / "out")["steps"] == 12:
         return [*flags, "--help"]  # nothing is left to do
     resume = "--resume" if list(cwd.glob("out/step-[0-9]*")) else "--out"
     return [*flags, resume, "out"]

@@ -77,8 +77,8 @@ def mess(inputs, tmp_path):
         (elsewhere / "step-000004" / name).write_text("mine")
     (elsewhere / "folder").mkdir()
     (elsewhere / "folder" / "mine.txt").write_text("mine")
-    for name, target in [("link", elsewhere), ("linked folder", elsewhere / "folder"), (".tmp-link", elsewhere),
-                         ("dangling", "nothing"),
+    for name, target in [("link", elsewhere), (".tmp-link", elsewhere), ("dangling", "nothing"),
+                         ("linked folder", elsewhere / "folder"),
                          ("previews/link.png", elsewhere / "step-000004" / "state.pt"),
                          ("prior/link", elsewhere), ("runs/link", elsewhere)]:
         (mess / name).symlink_to(target)
