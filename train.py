@@ -205,9 +205,9 @@ def encode_prior(args, out, class_word, settings, sampling, base, process):
 
 
 def generate_prior(folder, facts, caption, count, sampling, base, process):
-    """Fills `folder` with `count` pictures or clips that the base makes. Those there stay, in whole batches:
-    which pictures share a batch shows in their last digit.
+    """Fills `folder` with `count` pictures or clips that the base makes. Those there stay.
 
+    A batch is always of the same numbers: rounding depends on the batch.
     The paper takes 200 pictures from LAION-400M; a folder of such pictures goes to --prior.
     """
     ending = "mp4" if sampling.frames > 1 else "png"

@@ -89,6 +89,16 @@ def test_what_a_killed_writer_left_is_removed(tmp_path, place):
     assert not (tmp_path / RECORD).exists()
 
 
+def test_a_temporary_file_of_the_same_name_stays(tmp_path):
+    """In a container, every run may be process number 1."""
+    left = tmp_path / f".tmp-{os.getpid()}-x"
+    left.write_text("mine")
+    with complete_or_absent(tmp_path / "x") as temporary:
+        temporary.write_text("ours")
+    assert left.read_text() == "mine" and (tmp_path / "x").read_text() == "ours"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_one_writer(tmp_path):
     with only_writer(tmp_path):
         with pytest.raises(BadInput, match="another run is writing there"), only_writer(tmp_path):
