@@ -492,9 +492,10 @@ LOCK, RECORD = ".writer.lock", ".writer.unfinished"     # in a folder while a ru
 
 def temporary_for(path):
     """A free path beside `path`, noted in the record of the writer of its folder, or of the folder above."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    if os.path.lexists(temporary):
-        raise BadInput(f"{temporary}: is in the way; move it elsewhere")
+    temporary, number = path.with_name(f".tmp-{os.getpid()}-{path.name}"), 1
+    while os.path.lexists(temporary):  # someone's, or left by a killed process of the same number
+        number += 1
+        temporary = path.with_name(f".tmp-{os.getpid()}-{number}-{path.name}")
     for folder in temporary.absolute().parents[:2]:
         if (folder / RECORD).is_file() and not (folder / RECORD).is_symlink():
             try:

@@ -102,12 +102,17 @@ def saves(out):
     """The saves in a run's folder, oldest first: folders of exactly the name and content that we give one."""
     found = {}
     for path in out.glob("step-*"):
-        name = re.fullmatch("step-([0-9]{6,18})", path.name)
-        if not name or path.is_symlink() or not path.is_dir():
+        if not step_named(path) or path.is_symlink() or not path.is_dir():
             continue
         if SAVE_FILES <= {file.name for file in path.iterdir()} <= SAVE_FILES | {CHECKSUMS}:
-            found[path] = int(name[1])
+            found[path] = step_named(path)
     return sorted(found, key=found.get)
+
+
+def step_named(path):
+    """The step in a save's name; 0 for any other name."""
+    name = re.fullmatch("step-([0-9]{6,18})", path.name)
+    return int(name[1]) if name else 0
 
 
 def newest_save(out):
@@ -145,7 +150,7 @@ def check_nothing_is_lost(out, last_save, going_on):
         raise BadInput(f"{out / 'subject.safetensors'}: has done {learned} steps, more than {last_save}, and "
                        f"would be written over; move it")
     for path in out.glob("step-*"):
-        if re.fullmatch("step-[0-9]{6,18}", path.name) and path not in found:
+        if step_named(path) and path not in found:
             raise BadInput(f"{path}: is not a save, and in the way of one; move it, or name another --out")
 
 
@@ -264,12 +269,6 @@ def publish(save):
         shutil.copyfile(save / "subject.safetensors", temporary)
 
 
-def finish(save, rank=0):
-    """The subject of the newest save is the run's, also if the run was killed before it was copied."""
-    with run_writer(save.parent, save, rank):
-        pass
-
-
 def say_how_it_ended(out, subject, steps):
     if subject.steps == 0:
         print(f"stopped before step 1 of {steps} was done; the same command starts anew")
@@ -283,9 +282,8 @@ def load_training(save, subject, optimizer, steps, rank=0):
     """Puts a save into `subject` and `optimizer` -> its step. Raises BadInput if it is another run's."""
     state, tensors = read_save(save)
     check_settings(save, state["settings"], subject.settings, rank)
-    if state["step"] >= steps:
-        if save == newest_save(save.parent):
-            finish(save, rank)
+    killed_before_its_subject_was_copied = read_header(save.parent)["steps"] < state["step"]
+    if state["step"] >= steps and not killed_before_its_subject_was_copied:
         raise BadInput(f"--steps {steps}: {save} has done {state['step']} already; ask for more to go on")
     parameters = subject_tensors(subject)
     check_tensors(save / "subject.safetensors", tensors, parameters)
@@ -332,6 +330,8 @@ def read_save(save):
             raise ValueError("state.pt has no step, settings and optimizer")
         if type(state["step"]) is not int or state["step"] < 1 or not isinstance(state["settings"], dict):
             raise ValueError("state.pt has no valid step and settings")
+        if step_named(save) not in (0, state["step"]):
+            raise ValueError(f"state.pt is of step {state['step']}")
         return state, load(content["subject.safetensors"])
     except Exception as error:  # pickle, zip, safetensors and the disk each raise their own
         raise BadInput(f"--resume {save}: not a readable save ({one_line(error)}); "

@@ -165,12 +165,12 @@ def main():
             log(step, loss=subject_loss, prior_loss=prior_loss, grad_norm=norm, lr=settings.lr)
             last = step == settings.steps
             preview_due = settings.preview_every and (step % settings.preview_every == 0 or last)
-            if process.rank == 0 and (step % settings.save_every == 0 or last or preview_due):
+            if process.rank == 0 and (step % settings.save_every == 0 or preview_due):
                 save_training(out, subject, optimizer, args.keep_last)
             if process.rank == 0 and preview_due:
                 with watching(f"the preview of step {step}"):
                     save_preview(out, step, *preview(base, sampling, subject, LiveLoRA(layers.values())))
-        if process.rank == 0 and stop:
+        if process.rank == 0:
             save_training(out, subject, optimizer, args.keep_last)
 
     if process.rank == 0:
@@ -207,6 +207,7 @@ def encode_prior(args, out, class_word, settings, sampling, base, process):
 def generate_prior(folder, facts, caption, count, sampling, base, process):
     """Fills `folder` with `count` pictures or clips that the base makes. Those there stay.
 
+    A batch is always of the same numbers: rounding depends on the batch.
     The paper takes 200 pictures from LAION-400M; a folder of such pictures goes to --prior.
     """
     ending = "mp4" if sampling.frames > 1 else "png"
@@ -215,12 +216,13 @@ def generate_prior(folder, facts, caption, count, sampling, base, process):
     with prior_writer(folder, facts, process.rank):
         if process.world > 1:
             dist.barrier()
-        numbers = [k for k in range(process.rank, count, process.world) if not path(k).exists()]
-        batches = [numbers[i:i + size] for i in range(0, len(numbers), size)]
-        for batch in Progress(batches, desc="prior", unit="batch", disable=process.rank > 0):
-            videos = generate(base, [caption] * len(batch), batch, settings=sampling).numpy()
-            for k, video in zip(batch, videos):
-                save_prior_clip(path(k), video, sampling.save_fps)
+        batches = [range(i, min(i + size, count)) for i in range(0, count, size)]
+        mine = batches[process.rank::process.world]
+        for batch in Progress(mine, desc="prior", unit="batch", disable=process.rank > 0):
+            missing = [k for k in batch if not path(k).exists()]
+            videos = generate(base, [caption] * len(batch), batch, settings=sampling) if missing else None
+            for k in missing:
+                save_prior_clip(path(k), videos[k - batch[0]].numpy(), sampling.save_fps)
         if process.world > 1:
             dist.barrier()
 
@@ -248,15 +250,13 @@ def parse_args():
     p.add_argument("--base", type=Path, default=default_base(), help="base folder (default: %(default)s)")
     p.add_argument("--images", default="",
                    help="folder with 4 to 6 photos; NAME.txt beside NAME.jpg is its caption")
-    p.add_argument("--class_word", default="",
-                   help="what the subject is, such as dog; V* starts from its embedding")
+    p.add_argument("--class_word", default="", help="what the photos show, such as dog; V* starts from it")
     p.add_argument("--placeholder", default="V*", help="how prompts name the subject (default: %(default)s)")
     p.add_argument("--no_flip", action="store_true", help="never mirror a photo: for text, for asymmetry")
     add_method_flags(p)
     p.add_argument("--prior", type=Path,
                    help="folder with pictures or videos of the class; left out: the base makes them, once")
-    p.add_argument("--prior_motion", action="store_true",
-                   help="let the base make moving clips for the prior, not pictures")
+    p.add_argument("--prior_motion", action="store_true", help="the base makes moving clips for the prior")
     add_flags(p, TrainingDefaults)
     add_flags(p, SamplingDefaults, only=("frames", "height", "width"))
     add_speed_flags(p, ["float32", "bfloat16"], training=True)

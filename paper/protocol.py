@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from config import check_flags, load_config
 from paper.baselines import METHODS
-from runs import finish, newest_save
+from runs import newest_save, read_header
 from video import slug
 
 
@@ -72,7 +72,7 @@ def main():
     if torch.cuda.device_count() > 1:
         python += ["-m", "torch.distributed.run", "--nproc_per_node", torch.cuda.device_count()]
     numbers = {row.name: {} for row in ROWS}
-    folders = sorted(path for path in args.subjects.glob("*") if path.is_dir())
+    folders = sorted(path for path in args.subjects.glob("[!.]*") if path.is_dir())
     if not folders:
         raise BadInput(f"--subjects {args.subjects}: should hold a folder of photos for each subject, "
                        f"named by its class word")
@@ -145,14 +145,11 @@ def train_subjects(args, trainings):
         environment.pop("OMP_NUM_THREADS", None)  # a training on its own has all cores
     for name in list(trainings)[process.rank::process.world]:
         flags, folder = trainings[name], folders[name]
-        save = newest_save(folder)
-        if save and save.name == f"step-{flags['steps']:06d}":
-            finish(save)
-        else:
+        if read_header(folder)["steps"] < flags["steps"]:
             training_flags = []
             for flag, value in flags.items():
                 training_flags += [f"--{flag}"] if value is True else [f"--{flag}", value]
-            start = "--resume" if save else "--out"
+            start = "--resume" if newest_save(folder) else "--out"
             command(f"training {name}", sys.executable, ROOT / "train.py", "--base", args.base,
                     *training_flags, start, folder, environment=environment)
     if process.world > 1:

@@ -3,15 +3,20 @@ left.
 
     python tests/stress.py               # 60 kills, a few minutes on 2 cores; the tests do a few
     python tests/stress.py --kills 600 --seed 1
+    python tests/stress.py --windows     # a kill before each change of a folder: about 160, 15 minutes
 
 The jobs are: converting, training on one process and on two, sampling, and making the class prior. A job is
 killed a few times. After each kill its folder is checked. Then the job runs to its end, and has to leave what
 a job that was never killed leaves.
+
+A window is what lies between two changes of a folder: a rename, a removal, a new folder.
 """
 import argparse
+import itertools
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,9 +33,11 @@ from safetensors.torch import load_file
 from makers import ROOT, SMALL, fork, golden_state, random_subject, torchrun, wait, write_base
 import sample
 import train
+from cli import BadInput
 from config import BaseConfig
 from convert_ckpt import convert
 from files import load_base, load_subject, save_subject
+from runs import read_header
 
 KILLS_PER_JOB = 4
 SHARES = {"convert": 0.25, "train": 0.25, "sample": 0.2, "prior": 0.2, "train on 2": 0.1}
@@ -40,10 +47,17 @@ def main():
     p = argparse.ArgumentParser(description="Kill every script at random moments, and look at what is left.")
     p.add_argument("--kills", type=int, default=60, help="kills in all (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    p.add_argument("--windows", action="store_true", help="kill once in each window, in place of --kills")
     args = p.parse_args()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         inputs = make_inputs(Path(folder))
+        for name, most in WINDOWS.items() if args.windows else ():
+            start = time.time()
+            kills = stress_windows(name, inputs, range(1, most + 1))
+            print(f"{name}: {kills} kills, nothing lost, {time.time() - start:.0f} s", flush=True)
+        if args.windows:
+            return
         for name, share in SHARES.items():
             kills, start = round(share * args.kills), time.time()
             for done in range(0, kills, KILLS_PER_JOB):
@@ -60,6 +74,9 @@ def make_inputs(folder):
         photo = np.random.default_rng(i).integers(0, 256, (40, 60, 3), dtype=np.uint8)
         Image.fromarray(photo).save(folder / "photos" / f"{i}.png")
     torch.save({"state_dict": golden_state()}, folder / "model.ckpt")
+    state = {name: tensor + 0.01 for name, tensor in golden_state().items()}
+    torch.save({"state_dict": state}, folder / "older.ckpt")
+    convert(folder / "older.ckpt", folder / "older base", BaseConfig(**SMALL), torch.float32)
     return folder
 
 
@@ -72,7 +89,7 @@ def stress(name, inputs, kills, rng):
     start, check = JOBS[name]
     alone, cwd = (Path(tempfile.mkdtemp(dir=inputs)) for _ in range(2))
     began = time.time()
-    assert wait(start(inputs, alone)) == 0, (name, (alone / "output").read_text())
+    assert wait(start(inputs, alone)) == 0, (name, said_in(alone))
     seconds, landed = time.time() - began, 0
     while landed < kills:
         pid = start(inputs, cwd)
@@ -85,7 +102,13 @@ def stress(name, inputs, kills, rng):
             cwd = Path(tempfile.mkdtemp(dir=inputs))
         else:
             landed += 1
-    assert wait(start(inputs, cwd)) == 0, (name, (cwd / "output").read_text())
+    finish(name, inputs, alone, cwd)
+
+
+def finish(name, inputs, alone, cwd):
+    """Lets a job that was killed in `cwd` end. It has to leave what the job left in `alone`."""
+    start, check = JOBS[name]
+    assert wait(start(inputs, cwd)) == 0, (name, said_in(cwd))
     check(inputs, cwd)
     expected, found = files_in(alone), {file: first_name(file) for file in files_in(cwd)}
     assert set(expected) == set(found.values()), (name, set(expected) ^ set(found.values()))
@@ -93,6 +116,42 @@ def stress(name, inputs, kills, rng):
     for file, first in found.items():
         if file.endswith(("safetensors", "png", "gif")):
             assert content(alone / first) == content(cwd / file), (name, file)
+
+
+def stress_windows(name, inputs, windows):
+    """Kills a job in each of these windows that it has, and lets it end -> number of kills."""
+    start, check = JOBS[name]
+    alone = Path(tempfile.mkdtemp(dir=inputs))
+    assert wait(start(inputs, alone)) == 0, (name, said_in(alone))
+    for kills, window in enumerate(windows):
+        cwd = Path(tempfile.mkdtemp(dir=inputs))
+        code = wait(start(inputs, cwd, before=lambda: kill_before_change(window)))
+        if code == 0:  # there are no more windows
+            return kills
+        assert code == -signal.SIGKILL, (name, window, said_in(cwd))
+        check(inputs, cwd)
+        finish(name, inputs, alone, cwd)
+        shutil.rmtree(cwd)
+    return kills + 1
+
+
+def kill_before_change(number):
+    """From now on this process kills itself before its change number `number` of a folder."""
+    changes = itertools.count(1)
+
+    def deadly(change):
+        def call(*args, **named):
+            if next(changes) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return change(*args, **named)
+        return call
+
+    for name in ("replace", "rename", "unlink", "rmdir", "mkdir"):
+        setattr(os, name, deadly(getattr(os, name)))
+
+
+def said_in(cwd):
+    return "\n".join(path.read_text() for path in sorted(cwd.glob("output*")))
 
 
 def first_name(file):
@@ -123,9 +182,9 @@ def content(path):
 # The jobs. Each starts in the folder `cwd`, again and again -> its pid; and each has a check of that folder.
 
 
-def start_convert(inputs, cwd):
+def start_convert(inputs, cwd, before=None):
     main = lambda: convert(inputs / "model.ckpt", cwd / "out", BaseConfig(**SMALL), torch.float32)
-    return fork(main, [], cwd)
+    return fork(main, [], cwd, before)
 
 
 def check_base(inputs, cwd):
@@ -133,17 +192,32 @@ def check_base(inputs, cwd):
         load_base(cwd / "out")
 
 
+def start_convert_again(inputs, cwd, before=None):
+    """Converts into a folder that holds a base already."""
+    if not (cwd / "out").exists():
+        shutil.copytree(inputs / "older base", cwd / "out")
+    return start_convert(inputs, cwd, before)
+
+
+def check_base_again(inputs, cwd):
+    """A mixture of two bases is refused."""
+    try:
+        load_base(cwd / "out")
+    except BadInput as error:
+        assert "are not those that config.json was written for" in str(error)
+
+
 def training_flags(inputs, cwd):
     flags = ["--base", inputs / "base", "--images", inputs / "photos", "--class_word", "dog", "--steps", 12,
              "--save_every", 2]
-    if (cwd / "out" / "step-000012").exists():
+    if read_header(cwd / "out")["steps"] == 12:
         return [*flags, "--help"]  # nothing is left to do
     resume = "--resume" if list(cwd.glob("out/step-[0-9]*")) else "--out"
     return [*flags, resume, "out"]
 
 
-def start_train(inputs, cwd):
-    return fork(train.main, ["train.py", *training_flags(inputs, cwd), "--alpha", 0], cwd)
+def start_train(inputs, cwd, before=None):
+    return fork(train.main, ["train.py", *training_flags(inputs, cwd), "--alpha", 0], cwd, before)
 
 
 def start_train_on_2(inputs, cwd):
@@ -164,8 +238,8 @@ def check_subjects(inputs, cwd):
         assert torch.load(path.parent / "state.pt", weights_only=True)["step"]
 
 
-def start_prior(inputs, cwd):
-    return fork(train.main, ["train.py", *training_flags(inputs, cwd), "--num_prior", 12], cwd)
+def start_prior(inputs, cwd, before=None):
+    return fork(train.main, ["train.py", *training_flags(inputs, cwd), "--num_prior", 12], cwd, before)
 
 
 def check_prior(inputs, cwd):
@@ -173,10 +247,28 @@ def check_prior(inputs, cwd):
     assert all(iio.imread(path).shape == (32, 48, 3) for path in cwd.glob("**/prior/*/[0-9]*.png"))
 
 
-def start_sample(inputs, cwd):
+def start_two(inputs, cwd, before=None):
+    """Two trainings that need the same prior. One may be killed; the other then makes the prior, and ends."""
+    flags = ["train.py", "--base", inputs / "base", "--images", inputs / "photos", "--class_word", "dog",
+             "--steps", 1, "--num_prior", 12]
+    pids = []
+    for out in ("out-1", "out-2"):
+        if not (cwd / out / "subject.safetensors").exists():
+            pids.append(fork(train.main, [*flags, "--out", out], cwd, before, f"output-{out}"))
+            before = None
+    for pid in pids[1:]:
+        assert wait(pid) == 0, said_in(cwd)
+    return pids[0]
+
+
+def check_two(inputs, cwd):
+    assert load_subject(cwd / "out-2" / "subject.safetensors", load_base(inputs / "base")).steps == 1
+
+
+def start_sample(inputs, cwd, before=None):
     flags = ["--base", inputs / "base", "--subject", inputs / "subject.safetensors", "--prompt", "a V* dog",
              "--seed", 0, "--num", 6, "--out", "out"]
-    return fork(sample.main, ["sample.py", *flags], cwd)
+    return fork(sample.main, ["sample.py", *flags], cwd, before)
 
 
 def check_videos(inputs, cwd):
@@ -188,7 +280,10 @@ def check_videos(inputs, cwd):
 
 JOBS = {"convert": (start_convert, check_base), "train": (start_train, check_subjects),
         "train on 2": (start_train_on_2, check_subjects), "prior": (start_prior, check_prior),
-        "sample": (start_sample, check_videos)}
+        "sample": (start_sample, check_videos), "convert again": (start_convert_again, check_base_again),
+        "two trainings": (start_two, check_two)}
+# Jobs that are killed in each of their first so many windows, or in all.
+WINDOWS = {"convert": 100, "convert again": 100, "train": 100, "prior": 24, "two trainings": 30, "sample": 30}
 
 
 if __name__ == "__main__":

@@ -41,10 +41,26 @@ FILES = [
     "latents.safetensors.bak", "vae.pt.old", "base.json"]
 
 
+@pytest.fixture(scope="module")
+def inputs(base_folder, photos_folder, tmp_path_factory):
+    """What our scripts read: base, photos, subject, checkpoint, videos, a run whose saves were removed."""
+    inputs = tmp_path_factory.mktemp("inputs")
+    shutil.copytree(base_folder, inputs / "base")
+    shutil.copytree(photos_folder, inputs / "photos")
+    for run in ("finished", "runs/photos"):
+        save_subject(inputs / run / "subject.safetensors", random_subject(load_base(base_folder)))
+    torch.save({"state_dict": golden_state()}, inputs / "model.ckpt")
+    video = np.random.default_rng(0).integers(0, 256, (3, 32, 48, 3), dtype=np.uint8)
+    facts = {"prompt": "a V* dog", "seed": 1, "subjects": [{"placeholder": "V*", "class_word": "dog"}]}
+    save_video(inputs / "videos" / "a", video, ["mp4"], 8, facts, {})
+    return inputs
+
+
 @pytest.fixture()
-def mess(base_folder, photos_folder, tmp_path):
-    """The folder, in which also lie our inputs: base, photos, subject, checkpoint, videos, a whole run."""
+def mess(inputs, tmp_path):
+    """The folder. Some of its links lead to tmp_path/elsewhere."""
     mess = tmp_path / "mess"
+    shutil.copytree(inputs, mess)
     for name in FILES:
         path = mess / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,20 +74,13 @@ def mess(base_folder, photos_folder, tmp_path):
     (elsewhere / "step-000004").mkdir(parents=True)
     for name in ("subject.safetensors", "state.pt", "checksums.json"):
         (elsewhere / "step-000004" / name).write_text("mine")
+    (elsewhere / "folder").mkdir()
+    (elsewhere / "folder" / "mine.txt").write_text("mine")
     for name, target in [("link", elsewhere), (".tmp-link", elsewhere), ("dangling", "nothing"),
+                         ("linked folder", elsewhere / "folder"),
                          ("previews/link.png", elsewhere / "step-000004" / "state.pt"),
                          ("prior/link", elsewhere), ("runs/link", elsewhere)]:
         (mess / name).symlink_to(target)
-
-    shutil.copytree(base_folder, mess / "base")
-    shutil.copytree(photos_folder, mess / "photos")
-    base = load_base(base_folder)
-    save_subject(mess / "finished" / "subject.safetensors", random_subject(base))    # its saves were removed
-    save_subject(mess / "runs" / "photos" / "subject.safetensors", random_subject(base))
-    torch.save({"state_dict": golden_state()}, mess / "model.ckpt")
-    video = np.random.default_rng(0).integers(0, 256, (3, 32, 48, 3), dtype=np.uint8)
-    facts = {"prompt": "a V* dog", "seed": 1, "subjects": [{"placeholder": "V*", "class_word": "dog"}]}
-    save_video(mess / "videos" / "a", video, ["mp4"], 8, facts, {})
     return mess
 
 
@@ -119,7 +128,8 @@ RUNS = [    # script, flags, exit code
     (train.main, TRAIN, 0),
     (train.main, f"{TRAIN} --out empty\0folder", 0),
     (train.main, f"{TRAIN} --out another\0model", 0),
-    (train.main, f"{TRAIN} --out link", 0),
+    (train.main, f"{TRAIN} --out link", 2),
+    (train.main, f"{TRAIN} --out linked\0folder", 0),
     (train.main, f"{TRAIN} --out finished", 2),
     (train.main, f"{TRAIN} --out dangling", 2),
     (train.main, f"{TRAIN} --out notes.txt", 2),
@@ -127,7 +137,7 @@ RUNS = [    # script, flags, exit code
     (train.main, f"{TRAIN} --out . --alpha 0 --lr 1 --weight_decay 1 --seed -1", 2),
     (train.main, f"{TRAIN} --resume finished", 2),
     (train.main, f"{TRAIN} --resume step-000002-best", 2),
-    (train.main, f"{TRAIN} --resume link/step-000004", 2),
+    (train.main, f"{TRAIN} --resume link/step-000004 --alpha 0", 2),
     (train.main, f"{TRAIN} --resume latest", 2),
     (train.main, f"{TRAIN} --resume latest --out .", 2),
     (train.main, f"{TRAIN} --out . --prior empty\0folder", 2),
@@ -158,10 +168,7 @@ RUNS = [    # script, flags, exit code
     (pretrain.main, "--stage export --out . --base another\0model", 2)]
 
 
-NAMES = [f"{run[0].__module__}-{n}" for n, run in enumerate(RUNS)]
-
-
-@pytest.mark.parametrize("main, flags, code", RUNS, ids=NAMES)
+@pytest.mark.parametrize("main, flags, code", RUNS)
 def test_other_peoples_files_stay(mess, tmp_path, main, flags, code):
     argv = ["script", *(flag.replace("\0", " ") for flag in flags.split(" "))]
     folders = mess, tmp_path / "elsewhere"

@@ -70,7 +70,7 @@ def test_the_first_lines_count_photos_and_captions(start, tmp_path):
 def test_a_photo_that_the_frame_hardly_holds_is_named_once(tmp_path, capsys):
     sizes = {"portrait.jpg": (900, 1200), "wide.jpg": (2400, 700), "fits.jpg": (1600, 1000),
              "half.jpg": (800, 1000), "flat.jpg": (700, 300)}
-    photos = [Photo(Image.new("RGB", size), "", tmp_path / name) for name, size in sizes.items()]
+    photos = [Photo(Image.new("RGB", size), "", tmp_path / name, 0) for name, size in sizes.items()]
     warn_of_photos(photos, 320, 512)
     small, cut = capsys.readouterr().err.splitlines()
     assert small.startswith(f"warning: {tmp_path}: flat.jpg: smaller than the frame of 512x320")
@@ -79,7 +79,7 @@ def test_a_photo_that_the_frame_hardly_holds_is_named_once(tmp_path, capsys):
 
 
 def test_many_named_photos_stay_one_line(tmp_path, capsys):
-    photos = [Photo(Image.new("RGB", (9, 9)), "", tmp_path / f"{i}.png") for i in range(30)]
+    photos = [Photo(Image.new("RGB", (9, 9)), "", tmp_path / f"{i}.png", 0) for i in range(30)]
     warn_of_photos(photos, 32, 32)
     line, = capsys.readouterr().err.splitlines()
     assert "4.png and 25 more" in line and "5.png" not in line.replace("25 more", "")
@@ -98,7 +98,7 @@ def test_prompts_of_other_programs_and_long_negative_prompts_are_named(tmp_path,
 
 @pytest.mark.parametrize("make_sample", [None, CustomDiffusion.make_sample])
 def test_no_flip_never_mirrors(make_sample):
-    photos = [Photo(ramp(48, 32), "", None)]
+    photos = [Photo(ramp(48, 32), "", None, 0)]
     grows = {}
     for flip in (True, False):
         frames = [subject_sample(photos, i, 0, 32, 48, 8, "V* dog", make_sample, flip)[0] for i in range(60)]

@@ -19,12 +19,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import data
+import files
 import runs
 import stress
 import train
-from config import load_config
-from files import base_files, load_subject, save_base_config
-from makers import fork, fork_ranks, run, wait, write_base
+from cli import BadInput
+from config import BaseConfig, load_config
+from convert_ckpt import convert
+from files import base_files, load_base, load_subject, save_base_config
+from makers import SMALL, fork, fork_ranks, golden_state, run, wait, write_base
 
 
 @pytest.fixture()
@@ -96,6 +99,33 @@ def test_killed_inside_a_save(start, base, tmp_path, inside):
     assert wait(start(*common, "--resume", "out")) == 0
     assert sorted(p.name for p in out.glob("step-*")) == ["step-000010", "step-000012"]
     assert not list(out.glob(".tmp*"))
+
+
+def test_killed_before_the_last_copy(start, base, tmp_path):
+    """The same command ends the run, whose subject is then the newest save's."""
+    def die_in_the_copy():
+        runs.shutil.copyfile = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+
+    flags = ["--steps", 2, "--alpha", 0, "--out", "out"]
+    assert wait(start(*flags, before=die_in_the_copy)) == -signal.SIGKILL
+    assert [path.name for path in (tmp_path / "out").glob("s*")] == ["step-000002"]
+    assert wait(start(*flags, "--resume", "latest")) == 0
+    assert load_subject(tmp_path / "out" / "subject.safetensors", base).steps == 2
+    assert wait(start(*flags, "--resume", "latest")) == 2
+    assert "has done 2 already" in (tmp_path / "output").read_text()
+
+
+@pytest.mark.parametrize("window", [5, 11, 14])
+def test_half_a_conversion_is_not_passed_over(tmp_path, monkeypatch, window):
+    """Where --base is left out, its folder is named, and the embedded base is not taken."""
+    torch.save({"state_dict": golden_state()}, tmp_path / "model.ckpt")
+    converted = tmp_path / "checkpoints" / "videocrafter2"
+    main = lambda: convert(tmp_path / "model.ckpt", converted, BaseConfig(**SMALL), torch.float32)
+    pid = fork(main, [], tmp_path, lambda: stress.kill_before_change(window))
+    assert wait(pid) == -signal.SIGKILL
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    with pytest.raises(BadInput, match="checkpoints/videocrafter2/config.json: no such file"):
+        load_base(files.default_base())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -178,7 +208,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_save(start, base, tm
     assert all(A.isfinite().all() and B.isfinite().all() for A, B in subject.updates.values())
 
 
-@pytest.mark.parametrize("name", stress.JOBS)
+@pytest.mark.parametrize("name", stress.SHARES)
 def test_killed_at_random_moments(tmp_path, name):
     """A few of the kills of tests/stress.py."""
     kills = 1 if name == "train on 2" else 3
@@ -267,8 +297,8 @@ def test_the_same_photos_and_base_elsewhere_are_the_same(begun, start):
     moved = ["--images", begun / "elsewhere" / "dogs", "--base", "elsewhere/base"]
     assert wait(start(*GO_ON, *moved)) == 0, (begun / "output").read_text()
     os.symlink(begun / "elsewhere" / "dogs", begun / "a link")
-    linked = start(*GO_ON, *moved, "--images", "a link", "--steps", 4)
-    assert wait(linked) == 0, (begun / "output").read_text()
+    moved += ["--images", "a link", "--steps", 4]
+    assert wait(start(*GO_ON, *moved)) == 0, (begun / "output").read_text()
 
 
 def change_photo(folder):

@@ -5,6 +5,7 @@ Every test is in this process, but for signals while libraries are imported.
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import convert_ckpt  # noqa: E402
@@ -23,7 +25,7 @@ from cli import (LOCK, RECORD, ROOT, BadInput, check_out, complete_or_absent, on
                  only_writer, printable, run_script, warn)
 from config import load_config  # noqa: E402
 from data import Photo  # noqa: E402
-from files import load_base, load_subject  # noqa: E402
+from files import file_crc32, load_base, load_subject  # noqa: E402
 from lora import Subject  # noqa: E402
 from paper import evaluate, protocol  # noqa: E402
 from paper.baselines import CustomDiffusion  # noqa: E402
@@ -99,6 +101,16 @@ def test_what_a_killed_writer_left_is_removed(tmp_path, place):
     assert not (tmp_path / RECORD).exists()
 
 
+def test_a_temporary_file_of_the_same_name_stays(tmp_path):
+    """In a container, every run may be process number 1."""
+    left = tmp_path / f".tmp-{os.getpid()}-x"
+    left.write_text("mine")
+    with complete_or_absent(tmp_path / "x") as temporary:
+        temporary.write_text("ours")
+    assert left.read_text() == "mine" and (tmp_path / "x").read_text() == "ours"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_one_writer(tmp_path):
     with only_writer(tmp_path):
         with pytest.raises(BadInput, match="another run is writing there"), only_writer(tmp_path):
@@ -131,12 +143,41 @@ def test_a_run_that_waited_goes_on_from_the_newest_or_not_at_all(tmp_path, train
 
 
 def test_the_subject_is_the_newest_save_after_a_kill(tmp_path, training):
+    """Killed before it was copied. The same command ends the run: nothing is left to train."""
+    before = save(tmp_path, training, 2)
     newest = save(tmp_path, training, 4)
-    (tmp_path / "subject.safetensors").write_text("old")
+    content, subject = (newest / "subject.safetensors").read_bytes(), tmp_path / "subject.safetensors"
     with pytest.raises(BadInput, match="has done 4 already"):
         load_training(newest, *training, steps=4)
-    content = (newest / "subject.safetensors").read_bytes()
+    for left in (None, b"damaged", (before / "subject.safetensors").read_bytes()):
+        subject.unlink()
+        if left:
+            subject.write_bytes(left)
+        assert load_training(newest, *training, steps=4) == 4
+        with run_writer(tmp_path, newest, 0):
+            assert subject.read_bytes() == content
+
+
+def test_a_subject_whose_save_was_removed_is_not_written_over(tmp_path, training):
+    before = save(tmp_path, training, 2)
+    shutil.rmtree(save(tmp_path, training, 4))
+    content = (tmp_path / "subject.safetensors").read_bytes()
+    with pytest.raises(BadInput, match="has done 4 steps, more than"), run_writer(tmp_path, before, 0):
+        pass
     assert (tmp_path / "subject.safetensors").read_bytes() == content
+
+
+@pytest.mark.parametrize("make", [
+    lambda path: path.mkdir(), lambda path: path.write_text("mine"),
+    lambda path: path.symlink_to("step-000002"),
+    lambda path: shutil.copytree(path.with_name("step-000002"), path) and (path / "notes").touch()])
+def test_what_is_in_the_way_of_a_save_is_said_at_the_start(tmp_path, training, make):
+    newest = save(tmp_path, training, 2)
+    make(tmp_path / "step-000004")
+    with pytest.raises(BadInput, match="step-000004: is not a save, and in the way"):
+        with run_writer(tmp_path, newest, 0):
+            pass
+    assert os.path.lexists(tmp_path / "step-000004")
 
 
 @pytest.mark.parametrize("file", ["subject.safetensors", "state.pt"])
@@ -148,6 +189,36 @@ def test_one_bit_of_a_save(tmp_path, training, file, place):
     path.write_bytes(content)
     with pytest.raises(BadInput, match=f"{file} is not what was saved"):
         load_training(path.parent, *training, steps=4)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "{", "null", '{"state.pt": 1}', "\0"])
+def test_checksums_that_are_damaged(tmp_path, training, content):
+    folder = save(tmp_path, training, 1)
+    (folder / "checksums.json").write_text(content)
+    with pytest.raises(BadInput, match="not a readable save"):
+        load_training(folder, *training, steps=4)
+
+
+@pytest.mark.parametrize("tensors, says", [
+    ({}, "1 tensors missing"), ({"v_star": torch.ones(2, 4)}, "another shape"),
+    ({"v_star": torch.ones(1, 4), "more": torch.ones(1)}, "1 unknown"),
+    ({"v_star": torch.full((1, 4), torch.nan)}, "not finite"),
+    ({"v_star": torch.ones(1, 4, dtype=torch.float16)}, "float16")])
+def test_tensors_that_do_not_fit(tmp_path, training, tensors, says):
+    """Under right checksums."""
+    folder = save(tmp_path, training, 1)
+    save_file(tensors, folder / "subject.safetensors")
+    checksums = {name: file_crc32(folder / name) for name in ("state.pt", "subject.safetensors")}
+    (folder / "checksums.json").write_text(json.dumps(checksums))
+    with pytest.raises(BadInput, match=f"subject.safetensors: .*{says}"):
+        load_training(folder, *training, steps=4)
+
+
+def test_a_save_under_another_step(tmp_path, training):
+    folder = save(tmp_path, training, 1).rename(tmp_path / "step-000007")
+    with pytest.raises(BadInput, match="state.pt is of step 1"):
+        load_training(folder, *training, steps=9)
+    assert load_training(folder.rename(tmp_path / "best"), *training, steps=9) == 1
 
 
 def damaged(state, kind):
@@ -166,6 +237,10 @@ def damaged(state, kind):
         moments["exp_avg_sq"][0] = torch.nan
     elif kind == "moment":
         del moments["exp_avg"]
+    elif kind == "moments":
+        state["optimizer"]["state"] = {}
+    elif kind == "rate":
+        state["optimizer"]["param_groups"][0]["lr"] = "fast"
     elif kind == "group":
         state["optimizer"]["param_groups"] *= 2
     elif kind == "other optimizer":
@@ -176,7 +251,7 @@ def damaged(state, kind):
 
 
 @pytest.mark.parametrize("kind", ["step", "settings", "optimizer", "text", "negative", "list", "shape", "nan",
-                                  "moment",
+                                  "moment", "moments", "rate",
                                   "group", "other optimizer", "optimizer text"])
 def test_a_state_that_does_not_fit(tmp_path, training, kind):
     folder = save(tmp_path, training, 1)
