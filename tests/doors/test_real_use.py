@@ -126,18 +126,18 @@ def test_no_flip_on_the_command_line(start, tmp_path):
 def test_prior_crops_lie_along_all_of_the_longer_side(tmp_path, axis):
     for i in range(40):
         ramp(*((256, 32) if axis else (32, 256)), axis).save(tmp_path / f"{i}.png")
-    means = [video.mean().item() for video, _ in load_prior(tmp_path, 40, 1, 32, 32)]
+    means = [video.mean().item() for video, *_ in load_prior(tmp_path, 40, 1, 32, 32)]
     assert min(means) < -0.75 and max(means) > 0.75  # centred crops all have 0; the ends have -0.87 and 0.87
-    assert means == [video.mean().item() for video, _ in load_prior(tmp_path, 40, 1, 32, 32)]
+    assert means == [video.mean().item() for video, *_ in load_prior(tmp_path, 40, 1, 32, 32)]
 
 
 def test_a_prior_video_keeps_its_crop_and_a_picture_that_fits_is_whole(tmp_path):
     write_mp4(tmp_path / "a.mp4", np.stack([np.asarray(ramp(256, 32))] * 3), 8, quality=10)
     ramp(48, 32).save(tmp_path / "b.png")
-    (still, _), = load_prior(tmp_path, 1, 3, 32, 32)
+    (still, *_), = load_prior(tmp_path, 1, 3, 32, 32)
     assert still.shape == (3, 3, 32, 32) and (still - still[:1]).abs().max() < 0.05
     (tmp_path / "a.mp4").unlink()
-    (whole, _), = load_prior(tmp_path, 1, 3, 32, 48)
+    (whole, *_), = load_prior(tmp_path, 1, 3, 32, 48)
     assert torch.equal(whole[0], data.pixels(ramp(48, 32)))
 
 
@@ -202,7 +202,7 @@ def test_a_working_folder_that_is_read_only_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(BadInput, match=f"--out runs/dog: {tmp_path} may not be written to"):
-        runs.pick_run(None, "", runs.Path("runs/dog"))
+        runs.pick_run(None, "", runs.Path("runs/dog"), [])
 
 
 def test_the_protocol_makes_a_deleted_subject_again(start, tmp_path, monkeypatch):
@@ -210,16 +210,12 @@ def test_the_protocol_makes_a_deleted_subject_again(start, tmp_path, monkeypatch
     assert wait(start("--alpha", 0, "--out", folder)) == 0
     before = (folder / "subject.safetensors").read_bytes()
     (folder / "subject.safetensors").unlink()
-    monkeypatch.setattr(protocol, "command", lambda *words, **more: pytest.fail("trained again"))
+    asked = []
+    monkeypatch.setattr(protocol, "command", lambda *words, **more: asked.append(words[-2:]))
     protocol.train_subjects(Namespace(out=tmp_path, base=None), {"long": {"steps": 1}})
+    assert asked == [("--resume", folder)]
+    assert wait(start("--alpha", 0, "--resume", folder)) == 0
     assert (folder / "subject.safetensors").read_bytes() == before
-
-
-def test_the_protocol_finishes_a_save_that_lost_a_file(start, tmp_path, monkeypatch):
-    folder, asked = tmp_path / "runs" / "long", []
-    assert wait(start("--alpha", 0, "--out", folder)) == 0
-    (folder / "step-000001" / "state.pt").unlink()
-    monkeypatch.setattr(protocol, "command", lambda *words, **more: asked.append(words))
     protocol.train_subjects(Namespace(out=tmp_path, base=None), {"long": {"steps": 1}})
     assert len(asked) == 1
 
