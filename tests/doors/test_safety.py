@@ -23,8 +23,9 @@ from cli import (LOCK, RECORD, ROOT, BadInput, check_out, complete_or_absent, on
                  only_writer, printable, run_script, warn)
 from config import load_config  # noqa: E402
 from data import Photo  # noqa: E402
-from files import load_base, load_subject  # noqa: E402
+from files import load_base, load_subject, save_subject  # noqa: E402
 from lora import Subject  # noqa: E402
+from makers import random_subject  # noqa: E402
 from paper import evaluate, protocol  # noqa: E402
 from paper.baselines import CustomDiffusion  # noqa: E402
 from runs import load_training, newest_save, pick_run, run_writer, save_training, saves  # noqa: E402
@@ -235,11 +236,22 @@ def test_an_empty_argument_and_an_empty_flag_that_is_right(monkeypatch):
     ("sample.py", "--negative_prompt"), ("sample.py", "--subject"), ("convert_ckpt.py", "--out"),
     ("evaluate.py", "--videos")])
 def test_flags_that_are_no_text(monkeypatch, script, flag):
-    for given in ([flag, "caf\udce9*"], [f"{flag}=caf\udce9*"]):
+    for given in ([flag, "caf\udce9*"], [f"{flag}=caf\udce9*"], [flag, "a\x1b[2J*"], [flag, "a\nb*"],
+                  [flag, "a\u202eb*"]):
         monkeypatch.setattr(sys, "argv", [script, *given])
-        with pytest.raises(BadInput, match=f"^{flag} .*holds bytes that are not utf-8") as error:
+        with pytest.raises(BadInput, match=f"^{flag} .*holds control codes, or bytes") as error:
             PARSERS[script]()
         assert one_line(error.value).isascii()
+
+
+def test_a_subject_that_can_be_learned_can_be_loaded(base, tmp_path, monkeypatch):
+    """Whatever class word the flags take: letters, an emoji that is joined, a space that does not break."""
+    word = "صورة \U0001f468\u200d\U0001f469\u200d\U0001f467 a\u00a0b\u200cc"
+    monkeypatch.setattr(sys, "argv", ["train.py", "--images", "photos", "--class_word", word])
+    subject = random_subject(base)
+    subject.class_word = train.parse_args().class_word
+    save_subject(tmp_path / "subject.safetensors", subject)
+    assert load_subject(tmp_path / "subject.safetensors", base).class_word == word
 
 
 def test_a_shell_leaves_the_home_folder_in_a_flag(monkeypatch):
