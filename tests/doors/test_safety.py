@@ -298,6 +298,15 @@ def test_two_experiments_in_one_folder(tmp_path, monkeypatch):
         experiment.main()
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "half", '{"settings": 1}', "\0"])
+def test_a_table_that_is_no_experiments_is_not_gone_on_with(tmp_path, monkeypatch, text):
+    (tmp_path / "base.json").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["experiment.py", "base", "--clips", "1", "--out", str(tmp_path)])
+    with pytest.raises(BadInput, match=r"base\.json in it has other settings"):
+        experiment.main()
+    assert (tmp_path / "base.json").read_text() == text
+
+
 def test_custom_diffusion_on_the_smallest_frame_has_a_finite_loss():
     """Of two latent rows, one at least lies inside a photo that is placed anywhere."""
     photo = Photo(Image.new("RGB", (40, 40)), "", Path(), 0)
