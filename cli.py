@@ -198,21 +198,22 @@ class FlagParser(argparse.ArgumentParser):
                     continue
             if not value.strip() and name not in self.MAY_BE_EMPTY:
                 raise BadInput(f"{name}: is empty; name something, or leave {name} out")
-            if not is_text(value):  # which safetensors takes for no path, either
-                raise BadInput(f"{name} {value}: holds bytes that are not {sys.getfilesystemencoding()}; "
-                               f"write or rename it in that encoding")
+            if not is_text(value):  # a subject could be saved under it, and not be read again
+                raise BadInput(f"{name} {printable(value)}: holds control codes, or bytes that are not "
+                               f"{sys.getfilesystemencoding()}; write it, or rename the file, without")
         return super().parse_args(args, namespace)
 
     def error(self, message):
         raise BadInput(f"{message}; --help lists all flags")
 
 
+# Control codes, ends of lines and paragraphs, changes of direction, and bytes that are not UTF-8.
+NO_TEXT = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
 def is_text(text):
-    """Whether it can be written as UTF-8. Other bytes of a command line or a file name come as surrogates."""
-    try:
-        return bool(text.encode("utf-8")) or not text
-    except UnicodeEncodeError:
-        return False
+    """Whether a name or a word is one line that a terminal shows, and that is written as UTF-8."""
+    return not NO_TEXT.search(text)
 
 
 def check_out(out):

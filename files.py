@@ -22,8 +22,8 @@ from PIL import Image, ImageCms, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from cli import (LOCK, RECORD, ROOT, BadInput, check_regular, complete_or_absent, device_memory, one_line,
-                 printable, quiet_libraries, unfinished, warn)
+from cli import (LOCK, RECORD, ROOT, BadInput, check_regular, complete_or_absent, device_memory, is_text,
+                 one_line, printable, quiet_libraries, unfinished, warn)
 from config import RANGES, BaseConfig, TrainingDefaults, load_config, save_config
 from lora import Subject
 from model import VAE, NoiseSchedule, TextEncoder, UNet
@@ -320,7 +320,7 @@ def read_facts(path, facts):
             raise ValueError("settings")
         check_placeholder(subject.placeholder, "placeholder")
         for name in ("class_word", "base_name", "base_fingerprint", "method"):
-            if printable(facts[name]) != facts[name] or len(facts[name]) > 500:
+            if not is_text(facts[name]) or len(facts[name]) > 500:
                 raise ValueError(f"{name}: {printable(facts[name])[:60]}")
     except (KeyError, ValueError, RecursionError, BadInput) as error:
         raise BadInput(f"{path}: not a subject of this project, its header has no valid "

@@ -40,7 +40,7 @@ from paper.protocol import PAPER, ROWS, Row, print_row, train_subjects
 from sample import ddim_steps, generate
 from toy.measure import class_or_subject, likeness, measure, pixel_features, psnr, through_vae
 from toy.world import DIRECTIONS, GROUNDS, SPEED, SUBJECTS, caption, draw_clip, draw_photos, random_scene
-from video import labelled
+from video import facts_beside, labelled
 
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 BATCH = 16  # clips sampled at once
@@ -282,11 +282,11 @@ class Table:
         self.args, self.base, self.rows, self.process = args, base, {}, this_process()
         self.settings = {"clips": args.clips, "base": base.config.fingerprint, **(more_settings or {})}
         self.path = args.out / f"{name}.json"
-        if self.path.exists():
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-            if found["settings"] != self.settings:
+        found = facts_beside(self.path)
+        if found is not None:
+            if found.get("settings") != self.settings:
                 raise BadInput(f"--out {args.out}: {self.path.name} in it has other settings "
-                               f"({found['settings']}); name another folder")
+                               f"({found.get('settings')}); name another folder")
             self.rows = found["rows"]
 
     def fill(self, name, prompts, judge, examples=2, sample=None):

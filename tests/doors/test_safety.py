@@ -18,19 +18,20 @@ from PIL import Image
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
-import convert_ckpt  # noqa: E402
-import sample  # noqa: E402
-import train  # noqa: E402
-from cli import (LOCK, RECORD, ROOT, BadInput, check_out, complete_or_absent, one_line,  # noqa: E402
+import convert_ckpt
+import sample
+import train
+from cli import (LOCK, RECORD, ROOT, BadInput, check_out, complete_or_absent, one_line,
                  only_writer, printable, run_script, warn)
-from config import load_config  # noqa: E402
-from data import Photo  # noqa: E402
-from files import file_crc32, load_base, load_subject  # noqa: E402
-from lora import Subject  # noqa: E402
-from paper import evaluate, protocol  # noqa: E402
-from paper.baselines import CustomDiffusion  # noqa: E402
-from runs import load_training, newest_save, pick_run, run_writer, save_training, saves  # noqa: E402
-from toy import experiment  # noqa: E402
+from config import load_config
+from data import Photo
+from files import file_crc32, load_base, load_subject, save_subject
+from lora import Subject
+from makers import random_subject
+from paper import evaluate, protocol
+from paper.baselines import CustomDiffusion
+from runs import load_training, newest_save, pick_run, run_writer, save_training, saves
+from toy import experiment
 
 
 @pytest.fixture()
@@ -310,11 +311,22 @@ def test_an_empty_argument_and_an_empty_flag_that_is_right(monkeypatch):
     ("sample.py", "--negative_prompt"), ("sample.py", "--subject"), ("convert_ckpt.py", "--out"),
     ("evaluate.py", "--videos")])
 def test_flags_that_are_no_text(monkeypatch, script, flag):
-    for given in ([flag, "caf\udce9*"], [f"{flag}=caf\udce9*"]):
+    for given in ([flag, "caf\udce9*"], [f"{flag}=caf\udce9*"], [flag, "a\x1b[2J*"], [flag, "a\nb*"],
+                  [flag, "a\u202eb*"]):
         monkeypatch.setattr(sys, "argv", [script, *given])
-        with pytest.raises(BadInput, match=f"^{flag} .*holds bytes that are not utf-8") as error:
+        with pytest.raises(BadInput, match=f"^{flag} .*holds control codes, or bytes") as error:
             PARSERS[script]()
         assert one_line(error.value).isascii()
+
+
+def test_a_subject_that_can_be_learned_can_be_loaded(base, tmp_path, monkeypatch):
+    """Whatever class word the flags take: letters, an emoji that is joined, a space that does not break."""
+    word = "صورة \U0001f468\u200d\U0001f469\u200d\U0001f467 a\u00a0b\u200cc"
+    monkeypatch.setattr(sys, "argv", ["train.py", "--images", "photos", "--class_word", word])
+    subject = random_subject(base)
+    subject.class_word = train.parse_args().class_word
+    save_subject(tmp_path / "subject.safetensors", subject)
+    assert load_subject(tmp_path / "subject.safetensors", base).class_word == word
 
 
 def test_a_shell_leaves_the_home_folder_in_a_flag(monkeypatch):
@@ -359,6 +371,15 @@ def test_two_experiments_in_one_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["experiment.py", "base", "--clips", "1", "--out", str(tmp_path)])
     with only_writer(tmp_path), pytest.raises(BadInput, match="another run is writing there"):
         experiment.main()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "half", '{"settings": 1}', "\0"])
+def test_a_table_that_is_no_experiments_is_not_gone_on_with(tmp_path, monkeypatch, text):
+    (tmp_path / "base.json").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["experiment.py", "base", "--clips", "1", "--out", str(tmp_path)])
+    with pytest.raises(BadInput, match=r"base\.json in it has other settings"):
+        experiment.main()
+    assert (tmp_path / "base.json").read_text() == text
 
 
 def test_custom_diffusion_on_the_smallest_frame_has_a_finite_loss():
