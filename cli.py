@@ -81,6 +81,9 @@ def run_script(main):
         if isinstance(error, (BadInput, OSError)):
             end_with(f"error: {line}", 2)
         end_with(f"unexpected: {type(error).__name__}: {line}; please report, --traceback shows it", 1)
+    finally:
+        if OUR_SCRIPT:  # the work is over, and the libraries take their time to end
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Unfailing:
