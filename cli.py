@@ -3,23 +3,40 @@
 Nothing to run here, and nothing of the paper. A reader of the method may skip this page.
 """
 import argparse
+import errno
 import json
 import os
 import re
 import shutil
 import signal
 import sys
+import time
 import traceback
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+ROOT = Path(__file__).parent
+
+
+def end_at_once(number, frame):
+    os.write(2, b"stopped\n")
+    os._exit(130)
+
+
+# Ctrl-C while libraries are imported, when nothing has begun. So every script imports this page first.
+# Another program that imports this page, such as a notebook, keeps its own Ctrl-C.
+OUR_SCRIPT = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve().parent in (
+    ROOT.resolve(), ROOT.resolve() / "paper", ROOT.resolve() / "toy")
+if OUR_SCRIPT and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, end_at_once)
+
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
-
-ROOT = Path(__file__).parent
+from tqdm import tqdm
 
 
 class BadInput(Exception):
@@ -38,10 +55,14 @@ def run_script(main):
     """
     show_traceback = "--traceback" in sys.argv[1:]
     sys.argv[1:] = [flag for flag in sys.argv[1:] if flag != "--traceback"]
-    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True, errors="backslashreplace")
-    sys.stdout, sys.stderr = Unfailing(sys.stdout, "stdout"), Unfailing(sys.stderr, "stderr")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, so that a print would fail
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(line_buffering=True, errors="backslashreplace")
+        setattr(sys, name, Unfailing(getattr(sys, name), name))
+    warnings.formatwarning = lambda message, *_: f"warning: {one_line(message)}\n"
+    if signal.getsignal(signal.SIGINT) is end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
@@ -50,11 +71,15 @@ def run_script(main):
         if show_traceback:
             traceback.print_exc()
         line = one_line(error)
-        if isinstance(error, (BadInput, OSError)):
-            end_with(f"error: {line}", 2)
         if out_of_memory(error):
             end_with(f"error: out of memory ({line}); fewer --frames, a smaller --height and --width, "
-                     f"--batch_size 1 or --grad_checkpointing need less", 2)
+                     f"--batch_size 1, and in training --grad_checkpointing need less", 2)
+        if isinstance(error, OSError) and error.filename:
+            line = f"{printable(error.filename)}: {line}"
+        if disk_is_full(error):
+            line = f"{line}; the disk is full, make room or name another --out"
+        if isinstance(error, (BadInput, OSError)):
+            end_with(f"error: {line}", 2)
         end_with(f"unexpected: {type(error).__name__}: {line}; please report, --traceback shows it", 1)
 
 
@@ -91,45 +116,111 @@ def end_with(line, code):
 
 def out_of_memory(error):
     """Whether the device or the CPU had too little memory. PyTorch's CPU says so in its text alone."""
-    too_little = ("can't allocate memory", "not enough memory", "out of memory")
+    too_little = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc",
+                  "could not create a primitive")  # oneDNN's words for it
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        getattr(error, "errno", None) == errno.ENOMEM) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in too_little))
 
 
+def disk_is_full(error):
+    """Whether the disk, or this user's share of it, had no room."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+
+
 def one_line(error):
-    """An error's first line, printable."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return printable(lines[0])
+    """An error as one printable line: the system's reason without its number, of a library's the first."""
+    text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
+    return printable(text if isinstance(error, BadInput) else text.splitlines()[0])
 
 
 def printable(text):
-    """Text from a file as one line that a terminal shows and does not obey: "\\x1b" for an escape code."""
+    """Text from a file as one line that a terminal shows and does not obey: "\\x1b" for an escape code.
+
+    A long text loses its middle.
+    """
+    text = str(text)
+    if len(text) > 1000:
+        text = f"{text[:500]} ... {text[-500:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
-                   for c in str(text))
+                   for c in text)
+
+
+def warn(text):
+    print(f"warning: {printable(text)}", file=sys.stderr)
+
+
+class Progress(tqdm):
+    """A progress bar on a terminal. Elsewhere, as in a log file, a plain line now and then and at the end."""
+    every = 30.0    # seconds
+
+    def __init__(self, *args, **kwargs):
+        self.plain = not sys.stderr.isatty()
+        self.told, self.told_n = time.monotonic(), kwargs.get("initial", 0)
+        if self.plain:  # without `leave`, tqdm ends its last line with nothing of its own
+            form = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+            kwargs |= {"bar_format": form, "leave": False}
+        super().__init__(*args, **kwargs)
+
+    def display(self, msg=None, pos=None):
+        if not self.plain:
+            return super().display(msg, pos)
+        if msg is None and time.monotonic() - self.told >= self.every:
+            self.tell()
+
+    def tell(self):
+        self.told, self.told_n = time.monotonic(), self.n
+        named = f"{self.desc.rstrip(': ')}: " if self.desc else ""
+        print(f"{named}{self}", file=self.fp, flush=True)
+
+    def close(self):
+        if self.plain and not self.disable and self.n != self.told_n:
+            self.tell()
+        super().close()
 
 
 class FlagParser(argparse.ArgumentParser):
+    MAY_BE_EMPTY = ("--negative_prompt",)
+
     def parse_args(self, args=None, namespace=None):
-        """As argparse's. No flag that names something may be empty: its shell variable is unset."""
-        args = sys.argv[1:] if args is None else list(args)
-        takes_path = ("--base", "--images", "--out", "--prior", "--resume", "--subject", "--class_word")
-        for flag, value in zip(args, [*args[1:], None]):
-            name, equals, given = flag.partition("=")
-            if equals:
-                value = given
-            if name in takes_path and value is not None and not value.strip():
+        """As argparse's. No flag may be empty, as an unset shell variable leaves it, or no text.
+
+        A shell does not expand the ~ in --out=~/videos; this does.
+        """
+        args, name = sys.argv[1:] if args is None else list(args), "argument 1"
+        for i, arg in enumerate(args):
+            value = arg
+            if arg.startswith("--"):
+                name, equals, value = arg.partition("=")
+                if value.startswith("~/"):
+                    args[i] = f"{name}={os.path.expanduser(value)}"
+                if not equals:
+                    continue
+            if not value.strip() and name not in self.MAY_BE_EMPTY:
                 raise BadInput(f"{name}: is empty; name something, or leave {name} out")
+            if not is_text(value):  # a subject could be saved under it, and not be read again
+                raise BadInput(f"{name} {printable(value)}: holds control codes, or bytes that are not "
+                               f"{sys.getfilesystemencoding()}; write it, or rename the file, without")
         return super().parse_args(args, namespace)
 
     def error(self, message):
         raise BadInput(f"{message}; --help lists all flags")
 
 
+# Control codes, ends of lines and paragraphs, changes of direction, and bytes that are not UTF-8.
+NO_TEXT = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def is_text(text):
+    """Whether a name or a word is one line that a terminal shows, and that is written as UTF-8."""
+    return not NO_TEXT.search(text)
+
+
 def check_out(out):
     """--out is, or can become, a folder to write into. Raises BadInput."""
-    if out.is_symlink() and not out.exists():
-        raise BadInput(f"--out {out}: is a link to nothing; name a folder")
-    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    nearest = next(folder for folder in (out, *out.absolute().parents) if os.path.lexists(folder))
+    if not nearest.exists():
+        raise BadInput(f"--out {out}: {nearest} is a link to nothing; name a folder")
     if not nearest.is_dir():
         raise BadInput(f"--out {out}: {nearest} is a file; name a folder")
     if not os.access(nearest, os.W_OK):
@@ -309,6 +400,59 @@ def stop_signals(process):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Files from elsewhere
+
+
+def check_regular(path):
+    """Raises OSError where there is a pipe or a device, which could be read for ever, or a folder."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+
+
+@contextmanager
+def quiet_libraries():
+    """Keeps off the terminal what C libraries say of a damaged file. What we say of it comes after."""
+    try:
+        terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # stderr is closed
+        yield
+        return
+    sys.stderr.flush()
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        os.close(nowhere)
+
+
+def read_bytes(path, count=-1):
+    """The first `count` bytes of a file, or all. Raises OSError."""
+    check_regular(path)
+    with open(path, "rb") as f:
+        return f.read(count)
+
+
+def read_text(path, limit=10**6):
+    """A text file, with BOM or without. Raises ValueError (over `limit` bytes, not UTF-8 text) or OSError."""
+    content = read_bytes(path, limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"it is larger than {limit:,} bytes")
+    if b"\0" in content:
+        raise ValueError("it is binary")
+    return content.decode("utf-8-sig")
+
+
+def read_json(path, limit=10**7):
+    """A JSON file's content. Raises ValueError, also where it is nested for ever, or OSError."""
+    try:
+        return json.loads(read_text(path, limit))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Files that appear whole or not at all, in a folder with one writer
 
 
@@ -324,10 +468,13 @@ def complete_or_absent(path):
     try:
         yield temporary
         os.replace(temporary, path)
-    except Exception:  # every library reports a full disk in its own way
-        if shutil.disk_usage(path.parent).free < 2**20:
+    except Exception as error:  # every library reports a full disk in its own way
+        if disk_is_full(error) or shutil.disk_usage(path.parent).free < 2**20:
             advice = "make room, or name another --out"
             raise BadInput(f"{path}: not written, the disk is full; {advice}") from None
+        if temporary.name in str(error):  # which is no name that a user knows
+            line = one_line(error).replace(str(temporary), str(path))
+            raise BadInput(line if str(path) in line else f"{path}: not written ({line})") from error
         raise
     finally:
         remove(temporary)
@@ -351,9 +498,13 @@ def temporary_for(path):
         number += 1
         temporary = path.with_name(f".tmp-{os.getpid()}-{number}-{path.name}")
     for folder in temporary.absolute().parents[:2]:
-        if (folder / RECORD).is_file():
-            with open(folder / RECORD, "a", encoding="utf-8") as record:
-                record.write(json.dumps(str(temporary.absolute().relative_to(folder))) + "\n")
+        if (folder / RECORD).is_file() and not (folder / RECORD).is_symlink():
+            try:
+                with open(folder / RECORD, "a", encoding="utf-8") as record:
+                    record.write(json.dumps(str(temporary.absolute().relative_to(folder))) + "\n")
+            except OSError as error:  # that of a write does not say where
+                raise BadInput(f"{path}: not written ({one_line(error)}); make room, or name another --out"
+                               ) from None
             break
     return temporary
 
@@ -361,7 +512,7 @@ def temporary_for(path):
 def unfinished(folder):
     """The paths that the record of a writer of `folder` names. A name that leads elsewhere is passed over."""
     record, found = folder / RECORD, []
-    if not record.is_file():
+    if record.is_symlink() or not record.is_file():
         return found
     for line in record.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -394,6 +545,7 @@ def only_writer(folder, rank=0):
     try:
         for path in unfinished(folder):
             remove(path)
+        (folder / RECORD).unlink(missing_ok=True)  # the link, where it is one, and not what it points to
         (folder / RECORD).write_text("")
         yield
     finally:

@@ -10,8 +10,10 @@ import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path, PureWindowsPath
 
-from cli import BadInput, one_line, printable
-from model import TRAIN_STEPS, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+import numpy as np
+
+from cli import BadInput, one_line, printable, read_json
+from model import NOISE_LEVELS, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 
 
 @dataclass
@@ -73,12 +75,12 @@ RANGES = {
         "width": (8, 8192, "width in pixels"),
         "fps": (1, 1000, "frames per second that the base is told"),
         "save_fps": (1, 240, "frames per second that the file plays at"),
-        "steps": (1, TRAIN_STEPS, "DDIM steps (paper: 50)"),
+        "steps": (1, NOISE_LEVELS, "DDIM steps (paper: 50)"),
         "cfg": (0, 100, "guidance scale (paper: 12)"),
         "eta": (0, 1, "DDIM noise: 0 none, 1 as much as ancestral sampling"),
         "lambda_s": (-10, 10, "LoRA weight in the first K steps, where motion forms (paper: 0.4)"),
         "lambda_l": (-10, 10, "LoRA weight in the steps after, where detail forms (paper: 0.8)"),
-        "K": (0, TRAIN_STEPS, "number of steps with lambda_s (paper: 5)")},
+        "K": (0, NOISE_LEVELS, "number of steps with lambda_s (paper: 5)")},
     TrainingDefaults: {
         "rank": (1, 1024, "rank of the LoRA"),
         "lr": (0, 1, "learning rate of AdamW (paper: 3e-5)"),
@@ -91,8 +93,8 @@ RANGES = {
         "save_every": (1, 10**7, "steps between saves"),
         "preview_every": (0, 10**7, "steps between previews, 0 for none")},
     BaseConfig: {"crc32": (0, 2**32 - 1)},
-    ScheduleConfig: {"beta_start": (1e-9, 1), "beta_end": (1e-9, 1), "scale_end": (1e-3, 1),
-                     "scale_steps": (0, TRAIN_STEPS)},
+    ScheduleConfig: {"beta_start": (1e-9, 0.1), "beta_end": (1e-9, 0.1), "scale_end": (1e-3, 1),
+                     "scale_steps": (0, NOISE_LEVELS)},
     TextConfig: {"width": (1, 8192), "heads": (1, 256), "layers": (1, 256)},
     VAEConfig: {"channels": (1, 4096), "channel_mult": (1, 64), "num_res_blocks": (1, 16),
                 "norm_groups": (1, 1024), "latent_factor": (1e-6, 1e6)},
@@ -105,14 +107,12 @@ RANGES = {
 def load_config(path):
     """config.json -> BaseConfig. Raises BadInput that names the entry whose name, type or range is wrong."""
     path = Path(path)
-    if path.exists() and not path.is_file():
-        raise BadInput(f"{path}: is not a regular file; --base takes a folder made by convert_ckpt.py")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; --base takes a folder made by convert_ckpt.py, "
                        f"or toy/base") from None
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         raise BadInput(f"{path}: not a readable JSON file ({one_line(error)})") from None
     config = read_entries(BaseConfig, values, path, "")
     if len(config.crc32) not in (0, 3):
@@ -206,6 +206,24 @@ def check_flags(args, ranges):
         value = getattr(args, flag, None)
         if value is not None and not low <= value <= high:
             raise BadInput(f"--{flag} {value}: should be from {low} to {high}")
+
+
+def parse_lambdas(text, steps):
+    """"0.4*5,0.4>0.8*10,0.8*35" -> one lambda per step; a>b*n goes from a to b in n steps, or BadInput."""
+    low, high = RANGES[SamplingDefaults]["lambda_l"][:2]
+    lambdas = []
+    for ramp in text.replace(" ", "").split(","):
+        match = re.fullmatch(r"(-?\d*\.?\d+)(?:>(-?\d*\.?\d+))?\*(\d+)", ramp)
+        if not match or int(match[3]) > NOISE_LEVELS:
+            raise BadInput(f'--lambdas: "{ramp}" is not a part such as 0.4*5 or 0.4>0.8*10')
+        first, last, count = float(match[1]), float(match[2] or match[1]), int(match[3])
+        for number in (first, last):
+            if not low <= number <= high:
+                raise BadInput(f"--lambdas: {number:g} in it should be from {low} to {high}")
+        lambdas += [round(number, 6) for number in np.linspace(first, last, count).tolist()]
+    if len(lambdas) != steps:
+        raise BadInput(f"--lambdas {text}: has {len(lambdas)} steps, and --steps is {steps}")
+    return lambdas
 
 
 def with_flags(defaults, args, only=None):

@@ -16,14 +16,14 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from cli import (ROOT, BadInput, FlagParser, Progress, check_out, complete_or_absent, one_line, only_writer,
+                 read_bytes, run_script)
 import torch
 from safetensors import safe_open
-from tqdm import tqdm
 
-from cli import ROOT, BadInput, FlagParser, check_out, complete_or_absent, one_line, only_writer, run_script
 from config import BaseConfig
 from files import (PARTS, base_files, build_part, check_replaced, check_tensors, fingerprint, from_hub,
-                   save_base_config)
+                   is_plain_state, save_base_config)
 
 # Official name -> PART/name of ours. All rules are applied, in this order.
 RENAME = [
@@ -166,10 +166,9 @@ def describe(names):
 def open_checkpoint(path):
     """Checkpoint file -> (name -> shape, function name -> tensor). Memory-mapped; nothing in it is run."""
     try:
-        with open(path, "rb") as f:
-            head = f.read(512)
+        head = read_bytes(path, 512)
     except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}; pass a .ckpt or .safetensors file") from None
+        raise BadInput(f"{path}: {one_line(error)}; pass a .ckpt or .safetensors file") from None
     if re.match(rb"\s*<(!doctype|html)", head, re.IGNORECASE):
         raise BadInput(f"{path}: is a web page, not the file; download {FILE} from {REPO} again")
     if head.startswith(b"version https://git-lfs"):
@@ -186,8 +185,8 @@ def open_checkpoint(path):
         raise BadInput(f"{path}: is empty, truncated or damaged ({os.path.getsize(path):,} bytes); "
                        f"download it again and compare its size") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else None
-    if not state or not all(isinstance(name, str) and torch.is_tensor(x) for name, x in state.items()):
-        raise BadInput(f"{path}: holds no dictionary of tensors (state_dict); download {FILE} from {REPO}")
+    if not is_plain_state(state):
+        raise BadInput(f"{path}: its state_dict is no dictionary of plain tensors; get {FILE} from {REPO}")
     return {name: tuple(tensor.shape) for name, tensor in state.items()}, state.get
 
 
@@ -214,7 +213,7 @@ def write_part(path, out, names, dtype):
     state, bytes_read = {}, math.inf
     with open(out, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        for ours, (name, shape) in tqdm(names.items(), desc=out.name, unit="tensor"):
+        for ours, (name, shape) in Progress(names.items(), desc=out.name, unit="tensor"):
             if bytes_read > 2**28:  # opened anew now and then, to let go of the mapped pages already read
                 tensor = get_tensor = None
                 (_, get_tensor), bytes_read = open_checkpoint(path), 0
@@ -223,7 +222,7 @@ def write_part(path, out, names, dtype):
             if tensor.dtype not in DTYPES:
                 raise BadInput(f"{path}: {name} is {tensor.dtype}; float16, bfloat16 or float32 is expected")
             for piece in tensor.reshape(-1).split(2**20):
-                piece = piece.to(dtype)
+                piece = piece.to(dtype).contiguous()
                 if not piece.isfinite().all():
                     raise BadInput(f"{path}: {name} has values that are not finite in {dtype}; "
                                    f"try --dtype float32, or download the file again")

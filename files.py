@@ -22,12 +22,13 @@ from PIL import Image, ImageCms, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from cli import LOCK, RECORD, ROOT, BadInput, complete_or_absent, device_memory, one_line, unfinished
+from cli import (LOCK, RECORD, ROOT, BadInput, check_regular, complete_or_absent, device_memory, is_text,
+                 one_line, printable, quiet_libraries, unfinished, warn)
 from config import RANGES, BaseConfig, TrainingDefaults, load_config, save_config
 from lora import Subject
 from model import VAE, NoiseSchedule, TextEncoder, UNet
-from paper.baselines import METHODS
-from texts import check_placeholder
+from paper.baselines import METHODS, TARGETS
+from texts import caption_file, check_placeholder
 
 # ------------------------------------------------------------------------------------------------------------
 # A base
@@ -118,6 +119,7 @@ def load_base(folder, device="cpu", dtype=torch.float32):
 def read_weights(path, crc32):
     """A base's .safetensors file -> name -> tensor. Raises BadInput; `crc32` None checks no bytes."""
     try:
+        check_regular(path)
         if crc32 is not None and file_crc32(path) != crc32:
             raise ValueError("its bytes are not those that config.json was written for")
         return load_file(path)
@@ -128,6 +130,15 @@ def read_weights(path, crc32):
     except Exception as error:  # SafetensorError, OSError or ValueError, by the kind of damage
         raise BadInput(f"{path}: not a readable safetensors file ({one_line(error)}); "
                        f"convert or copy it again") from None
+
+
+def is_plain_state(state):
+    """Whether a pickle gave a dictionary of text -> tensors with values: not sparse, nested or meta."""
+    if not isinstance(state, dict) or not state:
+        return False
+    plain = lambda x: (torch.is_tensor(x) and x.layout == torch.strided and x.device.type == "cpu"
+                       and not x.is_nested and not x.is_quantized)
+    return all(isinstance(name, str) and plain(x) for name, x in state.items())
 
 
 def check_tensors(path, found, expected):
@@ -163,16 +174,22 @@ def base_files(folder):
 
 def check_replaced(out):
     """What a base will be written over in `out` is a base of this project, or nothing. Raises BadInput."""
+    was_killed = (out / RECORD).exists()  # a run that is killed leaves its record
     killed_runs = {LOCK, RECORD} | {path.name for path in unfinished(out)}
     found = {file.name for file in out.glob("*")} - killed_runs
     refusal = BadInput(f"--out {out}: exists and is not a base folder; name another")
     if "config.json" in found:
         try:
-            load_config(out / "config.json")
+            config = load_config(out / "config.json")
+            if not config.crc32 or not config.fingerprint:  # which every base of ours has
+                raise refusal
         except BadInput:
             raise refusal from None
-    elif not found <= {file.name for file in base_files(out)}:
+    elif found and not (was_killed and found <= {file.name for file in base_files(out)}):
         raise refusal
+    for file in base_files(out):
+        if file.is_symlink() or (file.exists() and not file.is_file()):
+            raise BadInput(f"--out {out}: {file.name} in it is no file of ours; name another folder")
 
 
 def save_base_config(config: BaseConfig, path, weights):
@@ -181,6 +198,7 @@ def save_base_config(config: BaseConfig, path, weights):
 
 
 def file_crc32(path):
+    check_regular(path)
     crc32 = 0
     with open(path, "rb") as f:
         while block := f.read(2**22):
@@ -206,6 +224,10 @@ def fingerprint(states):
 def from_hub(repository, file, flag, advice):
     """A file of the Hugging Face hub -> its path in the hub's cache. Raises BadInput that names `flag`."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars
+    if not sys.stderr.isatty():
+        print(f"{flag}: {file} of https://huggingface.co/{repository}, downloaded unless it is in the cache")
+        disable_progress_bars()
     try:
         return Path(hf_hub_download(repository, file))
     except Exception as error:  # the hub's, the network's and the disk's own errors share no base class
@@ -255,6 +277,7 @@ def load_subject(path, base: Base):
     """safetensors file -> Subject for this base. Raises BadInput: not a subject, another base's, damaged."""
     path = Path(path)
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as f:
             facts = f.metadata() or {}
             tensors = {name: f.get_tensor(name) for name in f.keys()}
@@ -289,10 +312,16 @@ def read_facts(path, facts):
         subject = Subject(facts["placeholder"], facts["class_word"], int(facts["rank"]), facts["base_name"],
                           facts["base_fingerprint"], int(facts["steps"]), facts["method"],
                           json.loads(facts["settings"]))
-        low, high = RANGES[TrainingDefaults]["rank"][:2]
-        if not low <= subject.rank <= high or not isinstance(subject.settings, dict):
-            raise ValueError("rank or settings")
+        for name in ("rank", "steps"):
+            low, high = RANGES[TrainingDefaults][name][:2]
+            if not low <= getattr(subject, name) <= high:
+                raise ValueError(name)
+        if not isinstance(subject.settings, dict) or subject.settings.get("targets", "all") not in TARGETS:
+            raise ValueError("settings")
         check_placeholder(subject.placeholder, "placeholder")
+        for name in ("class_word", "base_name", "base_fingerprint", "method"):
+            if not is_text(facts[name]) or len(facts[name]) > 500:
+                raise ValueError(f"{name}: {printable(facts[name])[:60]}")
     except (KeyError, ValueError, RecursionError, BadInput) as error:
         raise BadInput(f"{path}: not a subject of this project, its header has no valid "
                        f"{one_line(error)}") from None
@@ -310,14 +339,18 @@ def find_subjects(given, base_fingerprint):
         paths = [Path(path) for path in given if path != "none"]
         return [path / "subject.safetensors" if path.is_dir() else path for path in paths]
     found = [path for path in Path("runs").rglob("subject.safetensors") if "step-" not in path.parent.name]
-    trained = sorted(found, key=lambda path: path.stat().st_mtime)
+    trained, newer = sorted(found, key=lambda path: path.stat().st_mtime), []
     for path in [*reversed(trained), Path(os.path.relpath(ROOT / "toy" / "subject.safetensors"))]:
         try:
+            check_regular(path)
             with safe_open(path, framework="pt") as f:
                 if (f.metadata() or {}).get("base_fingerprint") == base_fingerprint:
+                    if newer:
+                        warn(f"{newer[0]}, so {path} is taken; --subject names another")
                     return [path]
+            newer.append(f"{path} is newer, but of another base")
         except (OSError, SafetensorError):
-            continue
+            newer.append(f"{path} is newer, but not readable")
     raise BadInput("--subject: no subject of this base is under runs/; train one with train.py, name one, "
                    "or say none")
 
@@ -338,6 +371,7 @@ def pick_images(args, config):
 PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
 UNREAD_PICTURES = {".heic", ".heif", ".jxl", ".raw", ".dng", ".cr2", ".nef", ".svg", ".psd"}
 MOST_PIXELS = 250_000_000  # a phone's 200 MP; 0.75 GB as RGB
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, 179 million, calls such a photo an attack
 VIDEOS = {".mp4", ".webm", ".avi", ".mov", ".mkv"}
 
 
@@ -351,24 +385,50 @@ def read_folder(folder, endings, read, flag, content, count=None):
             continue
         ending = path.suffix.lower()
         if ending in UNREAD_PICTURES or (ending in PICTURES | VIDEOS and ending not in endings):
-            print(f"warning: {path}: {ending} is not read; left out", file=sys.stderr)
+            warn(f"{path}: {ending} is not read; left out")
         if path.is_dir() and any(file.suffix.lower() in endings for file in path.iterdir()):
-            print(f"warning: {path}: subfolders are not read; left out", file=sys.stderr)
+            warn(f"{path}: subfolders are not read; left out")
         if ending not in endings:
             continue
         if not path.is_file():
-            print(f"warning: {path}: not a regular file; left out", file=sys.stderr)
+            warn(f"{path}: not a regular file; left out")
             continue
         try:
-            found.append((path, read(path)))
+            with quiet_libraries():
+                found.append((path, read(path)))
+        except MemoryError:
+            raise
         except Exception as error:  # Pillow's and FFMPEG's readers each raise their own
-            print(f"warning: {path}: not readable ({one_line(error)}); left out", file=sys.stderr)
+            warn(f"{path}: not readable ({one_line(error)}); left out")
         if len(found) == count:
             break
     if not found:
         raise BadInput(f"{flag} {folder}: holds no readable file ({', '.join(sorted(endings))}); "
                        f"it should hold {content}")
     return found
+
+
+def warn_of_photos(photos, height, width):
+    """Says once which photos show little, or little at once, in a frame; and which texts are no captions."""
+    small, cut = [], []
+    for photo in photos:
+        w, h = photo.image.size
+        if w < width or h < height:
+            small.append(photo.path.name)
+        if not 0.5 <= (w * height) / (h * width) <= 2:
+            cut.append(photo.path.name)
+    folder, frame = photos[0].path.parent, f"the frame of {width}x{height} pixels"
+    captions = {caption_file(photo.path) for photo in photos}
+    texts = {path for path in folder.iterdir() if path.suffix.lower() in (".txt", ".caption")}
+    stray = sorted(path.name for path in texts - captions)
+    for names, fault in (
+            (stray, "left out: no photo has this name, or it has another caption"),
+            (small, f"smaller than {frame}, so enlarged; larger photos show more detail"),
+            (cut, f"{frame} holds less than half at once; crop nearer to its shape, or change --height and "
+                  f"--width")):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            warn(f"{folder}: {', '.join(names[:5])}{more}: {fault}")
 
 
 def load_picture(path, shortest):
@@ -382,9 +442,11 @@ def load_picture(path, shortest):
             raise ValueError(f"it has {image.width}x{image.height} pixels; {MOST_PIXELS:,} are the most")
         image.draft("RGB", (2 * shortest, 2 * shortest))
         profile = image.info.get("icc_profile")
-        image = ImageOps.exif_transpose(image)
+        bits_and_sign = [np.ravel(getattr(image, "tag_v2", {}).get(tag, usual))[0]
+                         for tag, usual in ((258, 16), (339, 1))]  # BitsPerSample, SampleFormat
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # 16 bits, which convert("RGB") clips
-            image = eight_bits(np.asarray(image))
+            image = eight_bits(np.asarray(image), *bits_and_sign)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -396,11 +458,17 @@ def load_picture(path, shortest):
     return image
 
 
-def eight_bits(grey):
-    """Grey numbers of 16 bits, or floats in 0 ... 1 -> 8-bit image. Raises ValueError for any others."""
+def eight_bits(grey, bits, sample_format):
+    """Grey numbers of up to 16 bits, or floats in 0 ... 1 -> 8-bit image. Raises ValueError for any others.
+
+    The depth is the file's own, from its tags where it is a TIFF: 12 bits of 16 are not dark.
+    """
     if not np.isfinite(grey).all():
         raise ValueError("it holds values that are not finite")
-    top = 1 if grey.dtype.kind == "f" else 65535
+    is_float = grey.dtype.kind == "f"
+    if not is_float and (bits > 16 or sample_format != 1):
+        raise ValueError(f"its numbers have {bits} bits or a sign; 8 or 16 bits without sign are expected")
+    top = 1 if is_float else 2 ** int(bits) - 1
     if grey.min() < 0 or grey.max() > top:
         raise ValueError(f"its values go from {grey.min()} to {grey.max()}, and 0 to {top} is expected")
     return Image.fromarray((grey.astype(np.float32) / top * 255).round().astype(np.uint8))

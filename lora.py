@@ -31,7 +31,7 @@ class Subject:
 
 
 def class_embedding(text_encoder, class_word):
-    """Where V* starts: the class word's row of the embedding table, (1, D); of several rows their mean."""
+    """Where V* starts: the class word's embedding (1, D), or the mean of its tokens' embeddings."""
     ids = Tokenizer().encode(class_word)
     if not ids:
         raise BadInput(f"--class_word {class_word!r}: is empty; name what the subject is, such as dog")
@@ -43,7 +43,7 @@ def class_embedding(text_encoder, class_word):
 
 
 def spatial_blocks(unet: UNet):
-    """The names of the blocks that look within one frame; the temporal ones form motion, and stay."""
+    """Names of the blocks that look within one frame. Temporal blocks form motion, and get no update."""
     modules = unet.named_modules()
     return [f"{name}.block" for name, module in modules if isinstance(module, SpatialTransformer)]
 
@@ -51,8 +51,8 @@ def spatial_blocks(unet: UNet):
 def target_names(unet: UNet, targets="all"):
     """The linear layers that get an update: to_q, to_k and to_v of every spatial block's attention.
 
-    96 for VideoCrafter2 (paper, Sec. "Spatial Subject Learning Module"): self- and cross-attention. With
-    targets "cross", the ablation in the paper's Table 2, the 48 of the cross-attention.
+    The paper names these layers (Sec. "Spatial Subject Learning Module"). VideoCrafter2 has 96 of them.
+    targets="cross" gives the 48 of the cross-attention, the ablation in the paper's Table 2.
     """
     attentions = ("attn2",) if targets == "cross" else ("attn1", "attn2")
     names = []
@@ -116,7 +116,7 @@ class LiveLoRA:
 class MergedLoRA:
     """Writes W_0 + lambda * B A into the UNet's own weights. The updates of several subjects are added.
 
-    Between two calls of `set` the UNet is a plain one.
+    The layers stay plain nn.Linear, so a sampling step costs what the base's own step costs.
     """
 
     def __init__(self, unet: UNet, *subjects: Subject):

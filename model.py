@@ -1,6 +1,6 @@
 """VideoCrafter2 from scratch, nothing but networks and their configs: UNet, noise schedule, VAE, text tower.
 
-    python -c "from model import *; print(UNet(UNetConfig()))"     # to see a network and its sizes
+    python -c "from model import *; torch.set_default_device('meta'); print(UNet(UNetConfig()))"
 
 Shapes: B clips, T frames, C channels, H height, W width, L text tokens (77), D text width, N any batch.
 Videos are (B, C, T, H, W). Inside the UNet the frames join the batch, (B*T, C, H, W). Layers that look along
@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 VOCAB_SIZE = 49408  # CLIP's byte-pair vocabulary; ids from here on are learned words V*
 TEXT_LENGTH = 77    # CLIP's context length
 Z_CHANNELS = 4      # latent channels of Stable Diffusion's VAE
-TRAIN_STEPS = 1000  # noise levels
+NOISE_LEVELS = 1000
 CUDA_GRID = 65_535  # the largest batch that CUDA's attention kernels launch
 
 
@@ -59,8 +59,7 @@ class Attention(nn.Module):
     def forward(self, x, context):
         """x (N, S, C), context (M, L, D) -> (N, S, C). N is a multiple of M.
 
-        N/M neighbouring rows of x read the same row of context. So the T frames of a clip share the clip's
-        text, and the text's keys and values are computed once per clip.
+        The N/M frames of a clip share one row of context. So its keys and values are computed once per clip.
         """
         (N, S, C), M = x.shape, context.shape[0]
         head = C // self.heads
@@ -127,9 +126,9 @@ class SpatialTransformer(nn.Module):
 class TemporalTransformer(nn.Module):
     """At each position: self-attention over the clip's frames, twice. No text, and no position encoding."""
 
-    def __init__(self, channels, heads, head_channels, cfg: UNetConfig):
+    def __init__(self, channels, heads, cfg: UNetConfig):
         super().__init__()
-        dim = heads * head_channels
+        dim = heads * cfg.head_channels
         self.norm = nn.GroupNorm(cfg.norm_groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, dim)
         # Upstream quirk (`temporal_selfatt_only`): attn2 is self-attention; the normal form reads the text.
@@ -139,7 +138,7 @@ class TemporalTransformer(nn.Module):
     def forward(self, x, emb, context):
         """(B*T, C, H, W) -> (B*T, C, H, W)"""
         B, (H, W) = emb.shape[0], x.shape[2:]
-        h = self.norm(x.unflatten(0, (B, -1)).transpose(1, 2))              # (B, C, T, H, W), over (T, H, W)
+        h = self.norm(x.unflatten(0, (B, -1)).transpose(1, 2))      # (B, C, T, H, W), normed over T, H, W
         h = h.permute(0, 3, 4, 2, 1).flatten(0, 2)                          # (B*H*W, T, C)
         h = self.proj_out(self.block(self.proj_in(h)))
         h = h.unflatten(0, (B, H, W)).permute(0, 3, 4, 1, 2)                # (B, T, C, H, W)
@@ -237,12 +236,11 @@ class UNet(nn.Module):
 
         def transformers(channels):
             heads = channels // cfg.head_channels
-            return [SpatialTransformer(channels, heads, cfg),
-                    TemporalTransformer(channels, heads, cfg.head_channels, cfg)]
+            return [SpatialTransformer(channels, heads, cfg), TemporalTransformer(channels, heads, cfg)]
 
-        # input_blocks.0: the first convolution, then upstream's `init_attn`, 8 heads wider than the channels.
+        # Upstream quirk: `init_attn` has 8 heads of 64, so it is 512 wide inside, and not 320.
         self.input_blocks = nn.ModuleList([nn.ModuleList([
-            Conv(Z_CHANNELS, c), TemporalTransformer(c, 8, cfg.head_channels, cfg)])])
+            Conv(Z_CHANNELS, c), TemporalTransformer(c, 8, cfg)])])
         skips = [c]
         for level, mult in enumerate(cfg.channel_mult):
             for _ in range(cfg.num_res_blocks):
@@ -298,7 +296,7 @@ class UNet(nn.Module):
     def run(self, block, x, emb, context):
         for layer in block:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                # The reentrant form gives LoRA no gradient where no input of the layer needs one.
+                # The reentrant form gives LoRA no gradient in a layer whose inputs need none.
                 x = checkpoint(layer, x, emb, context, use_reentrant=False)
             else:
                 x = layer(x, emb, context)
@@ -325,10 +323,10 @@ class NoiseSchedule:
 
     def __init__(self, cfg: ScheduleConfig):
         beta_start, beta_end = cfg.beta_start ** 0.5, cfg.beta_end ** 0.5
-        beta = torch.linspace(beta_start, beta_end, TRAIN_STEPS, dtype=torch.float64) ** 2
+        beta = torch.linspace(beta_start, beta_end, NOISE_LEVELS, dtype=torch.float64) ** 2
         self.alpha_bar = torch.cumprod(1 - beta, dim=0).float()
         # Upstream quirk: with scale_t the noisy latent's variance is not 1; the normal form is scale_t = 1.
-        self.scale = torch.full((TRAIN_STEPS,), cfg.scale_end)
+        self.scale = torch.full((NOISE_LEVELS,), cfg.scale_end)
         self.scale[:cfg.scale_steps] = torch.linspace(1, cfg.scale_end, cfg.scale_steps)
 
     def add_noise(self, z_0, t, eps):
@@ -352,7 +350,7 @@ class VAEConfig:
 
     @property
     def factor(self):
-        """How many times smaller than pixels latents are: 8 for VideoCrafter2."""
+        """Pixels per latent cell, along height and along width: 8 for VideoCrafter2."""
         return 2 ** (len(self.channel_mult) - 1)
 
 
@@ -542,12 +540,13 @@ class Tokenizer:
     def cutter(placeholders):
         """A placeholder counts only where no letter or digit touches it: the V* in "V*'s", not in "AV*"."""
         longest_first = sorted(map(re.escape, placeholders), key=len, reverse=True)
-        return re.compile(rf"(?<!\w)({'|'.join(longest_first)})(?!\w)" if longest_first else r"(?!)()")
+        pattern = rf"(?<!\w)({'|'.join(longest_first)})(?!\w)"
+        return re.compile(pattern if longest_first else r"(?!)()")  # the second matches nowhere
 
     def encode(self, text):
-        """text -> list of ids, without the start and end tokens and of any length."""
+        """text -> ids without start and end. Merging squares a word's length: 1,000 letters of it count."""
         ids = []
-        for piece in self.cut.split(text):
+        for piece in self.cut.split(re.sub(r"(\S{1000})\S+", r"\1", text[:10_000])):
             ids += [self.ids[piece]] if piece in self.ids else self.bpe.encode(piece)
         return ids
 

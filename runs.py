@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 import zlib
 from contextlib import ExitStack, contextmanager
@@ -24,12 +23,11 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
-from tqdm import tqdm
 
-from cli import (BadInput, Busy, complete_or_absent, one_line, only_writer, peak_memory,
-                 temporary_for)
+from cli import (BadInput, Busy, Progress, check_out, check_regular, complete_or_absent, one_line,
+                 only_writer, peak_memory, read_bytes, read_json, temporary_for, warn)
 from files import check_tensors, check_values, file_crc32, save_subject, subject_tensors
-from video import labelled, slug, write_mp4
+from video import check_ffmpeg, facts_beside, labelled, slug, write_mp4
 
 
 SAVE_FILES = {"subject.safetensors", "state.pt"}        # and CHECKSUMS, which former versions did not write
@@ -46,7 +44,14 @@ def pick_run(out, resume, default, photos):
     if out and holds_run(out):
         raise BadInput(f"--out {out}: holds a run; --resume {out} goes on with it, another --out starts anew")
     names = [default, *(default.with_name(f"{default.name}-{n}") for n in range(2, 10_000))]
-    return out or next(name for name in names if not holds_run(name)), None
+    run = out or next(name for name in names if not holds_run(name))
+    check_out(run)
+    return run, None
+
+
+def default_run(images):
+    """runs/NAME, as the folder of photos is called where it was typed: a link keeps its own name."""
+    return Path("runs") / Path(os.path.abspath(images)).name
 
 
 def pick_resumed_run(out, resume, parent, photos):
@@ -85,6 +90,7 @@ def recorded_photos(run):
 def read_header(folder):
     """The settings and steps of a folder's subject; none and 0 if there is no subject that can be read."""
     try:
+        check_regular(folder / "subject.safetensors")
         with safe_open(folder / "subject.safetensors", framework="pt") as f:
             facts = f.metadata()
         return {"settings": dict(json.loads(facts["settings"])), "steps": int(facts["steps"])}
@@ -162,12 +168,18 @@ def prior_folder(out, base, sampling, class_word):
 
     Its name ends with a digest of all that its pictures depend on, and its prior.json records it.
     """
+    if sampling.frames > 1:
+        check_ffmpeg("--prior_motion", "or leave --prior_motion out")
     facts = {"class_word": class_word, "base_fingerprint": base.config.fingerprint,
              "precision": str(next(base.unet.parameters()).dtype)}
     pictures_depend_on = ("frames", "height", "width", "fps", "save_fps", "steps", "cfg", "eta")
     facts |= {name: getattr(sampling, name) for name in pictures_depend_on}
-    parent = out.parent if os.access(out.parent, os.W_OK) or not out.parent.exists() else out
-    return parent / "prior" / f"{slug(base.config.name)}-{slug(class_word)}-{digest(facts)}", facts
+    folder = Path("prior") / f"{slug(base.config.name)}-{slug(class_word)}-{digest(facts)}"
+    try:
+        check_out(out.parent / folder)
+    except BadInput:  # nothing may be written there, or the prior there is another user's
+        return out / folder, facts
+    return out.parent / folder, facts
 
 
 @contextmanager
@@ -188,7 +200,7 @@ def prior_writer(folder, facts, rank):
         if rank == 0 and not record.exists():
             with complete_or_absent(record) as temporary:
                 temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        if rank == 0 and json.loads(record.read_text(encoding="utf-8")) != facts:
+        if rank == 0 and facts_beside(record) != facts:
             raise BadInput(f"{record}: says that this prior was made for something else; delete {folder}")
         yield
 
@@ -206,7 +218,7 @@ def run_settings(settings, sampling, args):
     """The flags that a resumed training has to have in common with its save."""
     found = {name: getattr(settings, name) for name in ("rank", "lr", "weight_decay", "alpha")}
     found |= {name: getattr(sampling, name) for name in ("frames", "height", "width", "fps")}
-    from_args = ("seed", "placeholder", "method", "targets", "word_steps", "word_lr")
+    from_args = ("seed", "placeholder", "no_flip", "method", "targets", "word_steps", "word_lr")
     return found | {name: getattr(args, name) for name in from_args}
 
 
@@ -289,9 +301,10 @@ def check_settings(save, before, now, rank):
     """A save's settings are those of the training that goes on from it. Raises BadInput."""
     former = "base" not in before
     if former and rank == 0:
-        print(f"warning: {save}: is from a former version and does not record its base, photos, captions and "
-              f"prior; they are taken to be the same", file=sys.stderr)
+        warn(f"{save}: is from a former version and does not record its base, photos, captions and "
+              f"prior; they are taken to be the same")
     flags = {"clips_a_step": "batch_size times --grad_accum times processes"}
+    before = {"no_flip": False} | before    # former versions always mirrored
     for name, value in now.items():
         if name == "images" or (name in DIGESTS and former) or before.get(name) == value:
             continue
@@ -304,15 +317,14 @@ def check_settings(save, before, now, rank):
 def read_save(save):
     """-> (state, name -> tensor) of a save whose checksums are right. Raises BadInput."""
     try:
-        content = {name: (save / name).read_bytes() for name in sorted(SAVE_FILES)}
+        content = {name: read_bytes(save / name) for name in sorted(SAVE_FILES)}
         if (save / CHECKSUMS).exists():
-            checksums = json.loads((save / CHECKSUMS).read_text())
+            checksums = read_json(save / CHECKSUMS)
             for name in content:
                 if checksums[name] != zlib.crc32(content[name]):
                     raise ValueError(f"{name} is not what was saved")
         else:
-            print(f"warning: {save}: is from a former version and has no checksums; taken as it is",
-                  file=sys.stderr)
+            warn(f"{save}: is from a former version and has no checksums; taken as it is")
         state = torch.load(io.BytesIO(content["state.pt"]), map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not state.keys() >= {"step", "settings", "optimizer"}:
             raise ValueError("state.pt has no step, settings and optimizer")
@@ -358,7 +370,7 @@ def watching(what):
         yield
     except Exception as error:  # of the disk, of Pillow, of the device's memory
         if what not in told:
-            print(f"warning: {what}: not written ({one_line(error)}); training goes on", file=sys.stderr)
+            print(f"warning: {what}: not written ({one_line(error)}); training goes on")
         told.add(what)
 
 
@@ -370,7 +382,7 @@ class Log:
         if rank == 0:
             with watching(path):
                 self.drop_lines_after(first)
-        self.bar = tqdm(desc="train", unit="step", initial=first, total=steps, disable=rank > 0)
+        self.bar = Progress(desc="train", unit="step", initial=first, total=steps, disable=rank > 0)
         self.time, self.mean = time.time(), None
 
     def __call__(self, step, **numbers):
@@ -378,8 +390,10 @@ class Log:
             return
         seconds, self.time = time.time() - self.time, time.time()
         line = {"step": step, **numbers, "seconds": round(seconds, 3), "memory": round(peak_memory(), 2)}
-        with watching(self.path), open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        with watching(self.path):
+            check_regular(self.path)
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
         self.mean = numbers["loss"] if self.mean is None else 0.95 * self.mean + 0.05 * numbers["loss"]
         self.bar.set_postfix(loss=f"{self.mean:.4f}", refresh=False)
         self.bar.update()
@@ -397,7 +411,7 @@ class Log:
         with complete_or_absent(self.path) as temporary:
             temporary.write_bytes(b"".join(kept))
         if others:
-            print(f"warning: {self.path}: {others} lines are not a training's; they stay", file=sys.stderr)
+            warn(f"{self.path}: {others} lines are not a training's; they stay")
 
     def __enter__(self):
         return self
@@ -414,6 +428,8 @@ def save_preview(out, step, videos, label, width=96):
     images = [Image.fromarray(frame).resize((width, height)) for frame in frames]
     with complete_or_absent(out / "previews" / f"step-{step:06d}.png") as temporary:
         labelled(images, label).save(temporary)
-    rows = [np.asarray(Image.open(path)) for path in sorted((out / "previews").glob("step-[0-9]*.png"))]
+    previews = [path for path in (out / "previews").glob("step-[0-9]*.png") if path.is_file()]
+    previews.sort(key=lambda path: (len(path.name), path.name))     # as numbers: 1000000 after 999999
+    rows = [np.asarray(Image.open(path)) for path in previews]
     with complete_or_absent(out / "preview.png") as temporary:
         Image.fromarray(np.concatenate(rows)).save(temporary)

@@ -9,38 +9,37 @@
 Writes outputs/NAME.mp4 and .gif, and beside them NAME.json with all it takes to make them again.
 Shapes: B clips, T frames, L text tokens, D text width; latents z (B, 4, T, h, w), 1/8 of the pixels' size.
 """
-import re
 import secrets
 import time
 from pathlib import Path
 
+from cli import (BadInput, FlagParser, Progress, as_on_rank_0, check_out, only_writer, peak_memory,
+                 pick_precision, run_script, this_process)
 import torch
-from tqdm import tqdm
 
-from cli import (BadInput, FlagParser, as_on_rank_0, check_out, only_writer, peak_memory, pick_precision,
-                 run_script, this_process)
 from config import (RANGES, SamplingDefaults, add_flags, add_speed_flags, check_flags, check_sampling,
-                    load_config, with_flags)
+                    load_config, parse_lambdas, with_flags)
 from files import default_base, find_subjects, load_base, load_subject, subject_fingerprint
-from model import TRAIN_STEPS, Z_CHANNELS, Tokenizer
+from model import NOISE_LEVELS, Z_CHANNELS, Tokenizer
 from paper.baselines import MergedSubjects
 from texts import pick_prompts, without_placeholders
-from video import check_formats, endings, free_path, save_video, sheet, side_by_side, slug
+from video import check_formats, endings, free_path, motion_line, save_video, sheet, side_by_side, slug
 
 
 def ddim_steps(schedule, steps, eta):
-    """A row per DDIM step, noisiest first: t; alpha_bar and scale at t; both at the next step's t; sigma.
+    """One row per DDIM step, noisiest first: t, alpha_bar, scale, the next t's alpha_bar and scale, sigma.
 
     For 50 steps t = 981, 961, ... 1. Upstream lvdm/models/utils_diffusion.py.
     """
-    t = (torch.arange(0, TRAIN_STEPS, TRAIN_STEPS // steps) + 1).clamp(max=TRAIN_STEPS - 1)
-    if TRAIN_STEPS % steps:  # upstream's spacing would start below the noisiest level
-        t = torch.linspace(1, TRAIN_STEPS - 1, steps, dtype=torch.float64).round().long()
+    t = (torch.arange(0, NOISE_LEVELS, NOISE_LEVELS // steps) + 1).clamp(max=NOISE_LEVELS - 1)
+    if NOISE_LEVELS % steps:  # upstream's spacing has too many levels then, and cuts off the noisiest
+        t = torch.linspace(1, NOISE_LEVELS - 1, steps, dtype=torch.float64).round().long()
     # Upstream quirk: after the last step comes level 0, not a clean latent (alpha_bar = 1).
     t_next = torch.cat([torch.tensor([0]), t[:-1]])
-    a, a_next = schedule.alpha_bar[t], schedule.alpha_bar[t_next]
-    sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()        # Song et al. 2021, Eq. 16
-    columns = (t, a, schedule.scale[t], a_next, schedule.scale[t_next], sigma)
+    alpha_bar, alpha_bar_next = schedule.alpha_bar[t], schedule.alpha_bar[t_next]
+    variance = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
+    sigma = eta * variance.sqrt()                                           # Song et al. 2021, Eq. 16
+    columns = (t, alpha_bar, schedule.scale[t], alpha_bar_next, schedule.scale[t_next], sigma)
     return list(zip(*(column.flip(0).tolist() for column in columns)))
 
 
@@ -52,11 +51,12 @@ def ddim(unet, schedule, z, noise, context, uncond, fps, steps, cfg, eta, lora=N
     noise: function of no arguments -> standard normal like z, called once per step if eta > 0.
     context (B, L, D), uncond (B or 1, L, D): the prompts, and the empty (or negative) prompt. fps (B,).
     lora: sets lambda, to lambdas[i] at step i. on_step: function (i, z_0) that sees step i's predicted clean
-    latent. Raises BadInput where z stops being finite.
+    latent. Raises BadInput if the result is not finite.
     """
-    B, finite = z.shape[0], torch.zeros((), device=z.device)
+    B = z.shape[0]
     both = torch.cat([context, uncond.expand(B, -1, -1)])
-    for i, (t, a, scale, a_next, scale_next, sigma) in enumerate(ddim_steps(schedule, steps, eta)):
+    rows = ddim_steps(schedule, steps, eta)
+    for i, (t, alpha_bar, scale, alpha_bar_next, scale_next, sigma) in enumerate(rows):
         # Choose lambda: lambda_s for the first K steps, lambda_l after.
         if lora:
             lora.set(lambdas[i])
@@ -67,16 +67,14 @@ def ddim(unet, schedule, z, noise, context, uncond, fps, steps, cfg, eta, lora=N
         eps = eps_none + cfg * (eps_text - eps_none)
 
         # Predict the clean latent, and step towards it (Song et al. 2021, Eq. 12, with upstream's scale).
-        z_0 = (z - (1 - a) ** 0.5 * eps) / (a ** 0.5 * scale)
-        z = a_next ** 0.5 * scale_next * z_0 + (1 - a_next - sigma ** 2) ** 0.5 * eps
+        z_0 = (z - (1 - alpha_bar) ** 0.5 * eps) / (alpha_bar ** 0.5 * scale)
+        z = alpha_bar_next ** 0.5 * scale_next * z_0 + (1 - alpha_bar_next - sigma ** 2) ** 0.5 * eps
         if sigma > 0:
             z = z + sigma * noise()
-        finite += z.isfinite().all()
         if on_step:
             on_step(i, z_0)
-    if finite < steps:  # asked once, at the end: a question at each step would make a GPU wait
-        raise BadInput(f"--precision: the latent is not finite at step {int(finite) + 1} of {steps}; "
-                       f"try float32 or bfloat16")
+    if not z.isfinite().all():
+        raise BadInput("--precision: the latent is not finite; try float32 or bfloat16")
     return z
 
 
@@ -157,10 +155,11 @@ def main():
     # Make them, a batch at a time. Neither a batch nor a video depends on the number of processes.
     batches = [jobs[i:i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
     mine = batches[process.rank::process.world]
-    variants = compare_variants(settings, lambdas, subjects) if args.compare else {"": (subjects, lambdas)}
+    variants = compare_variants(settings, lambdas, subjects) if args.compare else [("", subjects, lambdas)]
     steps = sum(len(batch) for batch in mine) * len(variants) * settings.steps
     written = []
-    with only_writer(args.out, process.rank), tqdm(total=steps, unit="step", disable=process.rank > 0) as bar:
+    bar = Progress(total=steps, unit="step", disable=process.rank > 0)
+    with only_writer(args.out, process.rank), bar:
         for number, batch in enumerate(mine, 1):
             bar.set_description(f"batch {number}/{len(mine)}")
             written += make_batch(args, base, settings, batch, variants, bar)
@@ -185,59 +184,53 @@ def list_jobs(args, prompts, seed, facts):
 
 def make_batch(args, base, settings, batch, variants, bar):
     """Samples and writes the videos of one batch of jobs, in every variant -> the paths written."""
-    start, videos, shown = time.time(), {}, ()
-    if args.show_process:  # mostly early steps, where motion forms (paper, Fig. 3)
-        shown = (0, 1, 2, settings.K - 1, settings.K, 2 * settings.K, settings.steps // 2, settings.steps - 1)
-    for label, (subjects, lambdas) in variants.items():
-        process_shown = {}
+    start, videos, written = time.time(), {}, []
+    for label, subjects, lambdas in variants:
+        predicted = []  # clean latents (B, 4, T, h, w), one per step
+
         def on_step(i, z_0):
             bar.update(len(batch))
-            if i in shown:
-                process_shown[f"step {i + 1}, lambda {lambdas[i]:g}"] = base.decode(z_0).numpy()
+            if args.show_process:
+                predicted.append(z_0)
 
-        prompts, seeds = zip(*((job["prompt"], job["seed"]) for _, job in batch))
+        prompts = [job["prompt"] for _, job in batch]
+        seeds = [job["seed"] for _, job in batch]
         if not subjects:  # the base is asked for the class
-            placeholders = [subject["placeholder"] for subject in batch[0][1]["subjects"]]
-            prompts = [without_placeholders(prompt, placeholders) for prompt in prompts]
+            prompts = [base_prompt(job) for _, job in batch]
         made = generate(base, prompts, seeds, subjects, settings, lambdas, args.negative_prompt, on_step)
         videos[label] = made.numpy()
 
-    written = []
+    K, steps = settings.K, len(predicted)  # show mostly early steps, where motion forms (paper, Fig. 3)
+    shown = sorted({0, 1, 2, K - 1, K, 2 * K, steps // 2, steps - 1} & set(range(steps)))
+    process = {f"step {i + 1}, lambda {lambdas[i]:g}": base.decode(predicted[i]).numpy() for i in shown}
     for b, (path, job) in enumerate(batch):
-        in_variants = {label: video[b] for label, video in videos.items()}
-        pictures = {"frames": sheet(in_variants)} if args.compare else {}
+        video, pictures = videos[label][b], {}
+        if args.compare:
+            variants_of_b = {label: video[b] for label, video in videos.items()}
+            video, pictures["frames"] = side_by_side(variants_of_b), sheet(variants_of_b)
         if args.show_process:
-            pictures["process"] = sheet({label: video[b] for label, video in process_shown.items()})
-        video = side_by_side(in_variants) if args.compare else in_variants[""]
+            pictures["process"] = sheet({label: video[b] for label, video in process.items()})
+            bar.write(f"{path.name}: {motion_line([z_0[b] for z_0 in predicted], shown)}")
         job["seconds"] = round((time.time() - start) / len(batch), 2)
         written += save_video(path, video, args.format, settings.save_fps, job, pictures)
     return written
 
 
+def base_prompt(job):
+    return without_placeholders(job["prompt"], [subject["placeholder"] for subject in job["subjects"]])
+
+
 def compare_variants(settings, lambdas, subjects):
-    """Label -> (subjects, lambdas) of the three videos that --compare sets side by side."""
+    """Label, subjects and lambdas of the three videos that --compare sets side by side."""
     if not subjects:
         raise BadInput("--compare: needs a subject")
-    constant = (subjects, [settings.lambda_l] * settings.steps)
-    return {"base": ([], lambdas), f"constant {constant[1][0]:g}": constant, "schedule": (subjects, lambdas)}
+    constant = [settings.lambda_l] * settings.steps
+    return [("base", [], lambdas), (f"constant {settings.lambda_l:g}", subjects, constant),
+            ("schedule", subjects, lambdas)]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Flags
-
-
-def parse_lambdas(text, steps):
-    """"0.4*5,0.4>0.8*10,0.8*35" -> one lambda per step; a>b*n goes from a to b in n steps, or BadInput."""
-    lambdas = []
-    for part in text.replace(" ", "").split(","):
-        match = re.fullmatch(r"(-?\d*\.?\d+)(?:>(-?\d*\.?\d+))?\*(\d+)", part)
-        if not match or int(match[3]) > TRAIN_STEPS:
-            raise BadInput(f'--lambdas: "{part}" is not a part such as 0.4*5 or 0.4>0.8*10')
-        first, last, count = float(match[1]), float(match[2] or match[1]), int(match[3])
-        lambdas += torch.linspace(first, last, count, dtype=torch.float64).tolist()
-    if len(lambdas) != steps:
-        raise BadInput(f"--lambdas {text}: has {len(lambdas)} steps, and --steps is {steps}")
-    return [round(lam, 6) for lam in lambdas]
 
 
 def parse_args():
@@ -259,7 +252,7 @@ def parse_args():
     p.add_argument("--compare", action="store_true",
                    help="base with the class word, constant lambda_l and the schedule, side by side")
     p.add_argument("--show_process", action="store_true",
-                   help="also a picture of the clean video as predicted at several steps")
+                   help="also the clean video as predicted at several steps, and when it moves as it will")
     p.add_argument("--format", nargs="+", choices=["mp4", "gif", "png"], default=["mp4", "gif"],
                    help="kinds of files to write; png: one picture with all frames (default: mp4 gif)")
     add_speed_flags(p, ["float32", "bfloat16", "float16"])

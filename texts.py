@@ -3,10 +3,8 @@
 Nothing to run here. A reader of the method may skip this page.
 """
 import re
-import sys
-from pathlib import Path
 
-from cli import BadInput
+from cli import BadInput, one_line, read_text, warn
 from model import TEXT_LENGTH, Tokenizer
 
 
@@ -37,36 +35,28 @@ def made_up_words(prompt):
     return re.findall(r"(?<!\w)(?:<[\w-]+>|[A-Za-z]\w*\*)(?!\w)", prompt)
 
 
-def read_text(path, limit=10**6):
-    """A text file, with BOM or without. Raises ValueError (over `limit` bytes, not UTF-8 text) or OSError."""
-    if path.exists() and not path.is_file():  # a pipe or a device could be read for ever
-        raise ValueError("it is not a regular file")
-    with open(path, "rb") as f:
-        content = f.read(limit + 1)
-    if len(content) > limit:
-        raise ValueError(f"it is larger than {limit:,} bytes")
-    if b"\0" in content:
-        raise ValueError("it is binary")
-    return content.decode("utf-8-sig")
+def caption_file(picture):
+    """NAME.jpg -> NAME.txt, or a file with one of the other names that captions have in use."""
+    names = [picture.with_suffix(ending) for ending in (".txt", ".TXT", ".caption", ".CAPTION")]
+    names += [picture.with_name(f"{picture.name}{ending}") for ending in (".txt", ".TXT", ".caption")]
+    return next((path for path in names if path.exists()), names[0])
 
 
-def read_caption(path):
-    """NAME.txt -> its text on one line; empty if there is no file. Raises BadInput if it is no UTF-8 text."""
+def read_caption(picture):
+    """The text beside a picture, on one line; empty if there is none. Raises BadInput if it is not UTF-8."""
+    path = caption_file(picture)
     try:
         return " ".join(read_text(path).split())
     except FileNotFoundError:
         return ""
     except (ValueError, OSError) as error:
-        raise BadInput(f"{path}: not a readable UTF-8 text file ({error}); "
+        raise BadInput(f"{path}: not a readable UTF-8 text file ({one_line(error)}); "
                        f"write the picture's caption there or delete it") from None
 
 
 def subject_caption(picture, placeholder, class_word):
     """The caption beside a photo, with the placeholder in it where one is given. Raises BadInput."""
-    path = picture.with_suffix(".txt")
-    near = (picture.with_suffix(".caption"), picture.with_suffix(".TXT"), Path(f"{picture}.txt"))
-    path = next((found for found in (path, *near) if found.exists()), path)
-    caption = read_caption(path)
+    path, caption = caption_file(picture), read_caption(picture)
     if not caption or not placeholder:
         return caption
     tokenizer = Tokenizer([placeholder])
@@ -76,11 +66,17 @@ def subject_caption(picture, placeholder, class_word):
             raise BadInput(f"{path}: holds neither {placeholder} nor {class_word}; write {placeholder} where "
                            f"the caption names the subject")
         caption = f"{caption[:named.start()]}{placeholder} {caption[named.start():]}"
-        print(f"warning: {path}: lacks {placeholder}; read as {caption!r}", file=sys.stderr)
+        warn(f"{path}: lacks {placeholder}; read as {caption!r}")
     if tokenizer.ids[placeholder] not in tokenizer.encode(caption)[:TEXT_LENGTH - 2]:
         raise BadInput(f"{path}: {placeholder} comes after the {TEXT_LENGTH - 2} tokens that are read; "
                        f"put it earlier")
     return caption
+
+
+def counted(photos, subject_words):
+    """What a training has read: "4 photos of V* dog, 3 with a caption"."""
+    captions = sum(bool(photo.caption) for photo in photos)
+    return f"{len(photos)} photos of {subject_words}, {captions} with a caption"
 
 
 def read_prompts(path):
@@ -88,14 +84,14 @@ def read_prompts(path):
     try:
         lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise BadInput(f"--prompts {path}: not a readable UTF-8 text file ({error})") from None
+        raise BadInput(f"--prompts {path}: not a readable UTF-8 text file ({one_line(error)})") from None
     prompts = [line for line in lines if not line.startswith("#")]
     if not prompts:
         raise BadInput(f"--prompts {path}: holds no prompt; write one on each line")
     for prompt in prompts:
         if re.search(r"\s--[a-z]+\s+\S", prompt):
-            print(f"warning: --prompts {path}: {prompt!r} holds flags, which are read as words here; "
-                  f"give them on the command line", file=sys.stderr)
+            warn(f"--prompts {path}: {prompt!r} holds flags, which are read as words here; "
+                 f"give them on the command line")
     return prompts
 
 
@@ -131,8 +127,7 @@ def check_prompts(prompts, placeholders, source):
                 raise BadInput(f"{source} {prompt!r}: {word} comes after the {TEXT_LENGTH - 2} tokens "
                                f"that are read; put it earlier")
             if tokenizer.ids[word] not in kept:
-                print(f"warning: {source} {prompt!r}: {word} is not in it, so the video will hardly show "
-                      f"that subject", file=sys.stderr)
+                warn(f"{source} {prompt!r}: {word} is not in it, so the video will hardly show that subject")
         if dropped:
-            print(f"warning: {source}: only {TEXT_LENGTH - 2} tokens are read; "
-                  f"dropped: {tokenizer.bpe.decode(dropped)!r}", file=sys.stderr)
+            warn(f"{source}: only {TEXT_LENGTH - 2} tokens are read; "
+                 f"dropped: {tokenizer.bpe.decode(dropped)!r}")

@@ -1,12 +1,12 @@
 """Eq. 1, 3 and 4 of CustomCrafter: from photos as still videos, V* and a LoRA learn a subject.
 
     python train.py                                         # the base's own subject, one process
-    torchrun --nproc_per_node 4 train.py                    # the same on 4 processes, GPUs or CPUs
+    torchrun --nproc_per_node 4 train.py                    # 4 processes, GPUs or CPUs, 4 times the clips
     python train.py --images photos/dog --class_word dog    # your own photos; --base names another base
     python train.py --resume latest                         # goes on where a stopped run was
 
 Writes OUT/subject.safetensors, which sample.py takes; OUT/step-*/, the newest saves; OUT/log.jsonl and
-OUT/preview.png. One vector V* and 96 pairs (A, B) are trained. Everything else is frozen.
+OUT/preview.png. V* and the pairs (A, B) are trained, 96 for VideoCrafter2. All else is frozen.
 
 Shapes: B subject clips per process and as many prior clips, T frames, L text tokens, D text width;
 latents z (B, 4, T, h, w), 8 times smaller than pixels.
@@ -14,27 +14,26 @@ latents z (B, 4, T, h, w), 8 times smaller than pixels.
 from dataclasses import replace
 from pathlib import Path
 
+from cli import (BadInput, FlagParser, Progress, check_out, join_processes, pick_precision, run_script,
+                 stop_signals, this_process)
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-from cli import (BadInput, FlagParser, check_out, join_processes, pick_precision, run_script,
-                 stop_signals, this_process)
 from config import (RANGES, SamplingDefaults, TrainingDefaults, add_flags, add_speed_flags, check_flags,
                     check_sampling, load_config, with_flags)
 from data import Samples, load_photos, load_prior, still_video
-from files import default_base, load_base, pick_checkpointing, pick_images
+from files import default_base, load_base, pick_checkpointing, pick_images, warn_of_photos
 from lora import LiveLoRA, Subject
 from model import Tokenizer
 from paper.baselines import METHODS, add_method_flags, fill_published
-from runs import (Log, digests, load_training, newest_save, pick_run, prior_folder, prior_writer,
+from runs import (Log, default_run, digests, load_training, newest_save, pick_run, prior_folder, prior_writer,
                   run_settings, run_writer, save_fingerprint, save_preview, save_prior_clip, save_training,
                   say_how_it_ended, watching)
 from sample import generate
-from texts import check_placeholder, default_prompt
+from texts import check_placeholder, counted, default_prompt
 
 
 class SubjectLoss(nn.Module):
@@ -51,10 +50,10 @@ class SubjectLoss(nn.Module):
         self.frozen = (base,)
 
     def forward(self, photos, tokens, weight, t, eps, prior_z=None, prior_context=None):
-        """Samples of the subject, and as many of the class prior or none -> Eq. 1 and Eq. 3, two scalars.
+        """B subject clips, and B prior clips or none -> the losses of Eq. 1 and Eq. 3, two scalars.
 
-        photos (B, 3, H, W) in [-1, 1]; tokens (B, L), captions with V*; weight (B, h, w), 1 where a place
-        counts; t (B or 2B,) in 0 ... 999; eps (B or 2B, 4, T, h, w); prior_z (B, 4, T, h, w);
+        photos (B, 3, H, W) in [-1, 1]; tokens (B, L), captions with V*; weight (B, h, w) of the
+        places, 1 on average; t (B or 2B,) in 0 ... 999; eps (B or 2B, 4, T, h, w); prior_z (B, 4, T, h, w);
         prior_context (B, L, D). 2B where there is a prior.
         """
         base, = self.frozen
@@ -82,7 +81,7 @@ def main():
     check_sampling(config, sampling)
     images, class_word = pick_images(args, config)
     photos = load_photos(images, max(sampling.height, sampling.width), args.placeholder, class_word)
-    out, last_save = pick_run(args.out, args.resume, Path("runs") / images.resolve().name, photos)
+    out, last_save = pick_run(args.out, args.resume, default_run(images), photos)
     join_processes(process, base=config.fingerprint, save=save_fingerprint(last_save))
 
     # Load the base. Make or read the class prior, and encode it once.
@@ -90,9 +89,9 @@ def main():
     base = load_base(args.base, process.device, getattr(torch, precision))
     subject_words = f"{args.placeholder} {class_word}"
     if process.rank == 0:
-        print(f"base {args.base} ({config.name}), subject {images}: {len(photos)} photos of {subject_words}")
-    use_prior = settings.alpha > 0
-    prior = encode_prior(args, out, class_word, settings, sampling, base, process) if use_prior else None
+        print(f"base {args.base} ({config.name}), subject {images}: {counted(photos, subject_words)}")
+        warn_of_photos(photos, sampling.height, sampling.width)
+    prior = encode_prior(args, out, class_word, settings, sampling, base, process) if settings.alpha else None
 
     # Create what is trained: V*, started from the class word, and the updates of the spatial attention.
     method = METHODS[args.method]
@@ -100,7 +99,8 @@ def main():
     v_star = method.start_word(base.text_encoder, class_word)
     layers = method.add_layers(base.unet, settings.rank, args.targets)
     loss = SubjectLoss(base, v_star, layers, sampling.frames, sampling.fps)
-    groups = [{"params": [loss.v_star], "lr": args.word_lr or settings.lr}, {"params": list(loss.updates)}]
+    word_lr = settings.lr if args.word_lr is None else args.word_lr
+    groups = [{"params": [loss.v_star], "lr": word_lr}, {"params": list(loss.updates)}]
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
     base.unet.grad_checkpointing = pick_checkpointing(args, base, settings, sampling, process.rank)
     if args.compile:
@@ -109,7 +109,7 @@ def main():
     if process.world > 1:
         model = DistributedDataParallel(loss, find_unused_parameters=method.staged)
 
-    # Go on from a save, if asked. Everything random follows from a sample's number, so a save is short.
+    # Go on from a save, if asked. A save needs no random state (data.py).
     clips_per_step = process.world * settings.batch_size * settings.grad_accum
     updates = {name: layer.tensors() for name, layer in layers.items()}
     subject = Subject(args.placeholder, class_word, settings.rank, config.name, base.config.fingerprint, 0,
@@ -122,7 +122,7 @@ def main():
     tokenizer = Tokenizer([args.placeholder])
     prior_count = len(prior[0]) if prior else 0
     samples = Samples(photos, subject_words, prior_count, args.seed, sampling, config.vae.factor,
-                      method.make_sample)
+                      method.make_sample, not args.no_flip)
 
     def next_batch(step, round):
         """This process's share of the samples, as SubjectLoss takes them."""
@@ -164,10 +164,10 @@ def main():
             subject.steps = step
             log(step, loss=subject_loss, prior_loss=prior_loss, grad_norm=norm, lr=settings.lr)
             last = step == settings.steps
-            look = settings.preview_every and (step % settings.preview_every == 0 or last)
-            if process.rank == 0 and (step % settings.save_every == 0 or look):
+            preview_due = settings.preview_every and (step % settings.preview_every == 0 or last)
+            if process.rank == 0 and (step % settings.save_every == 0 or preview_due):
                 save_training(out, subject, optimizer, args.keep_last)
-            if process.rank == 0 and look:
+            if process.rank == 0 and preview_due:
                 with watching(f"the preview of step {step}"):
                     save_preview(out, step, *preview(base, sampling, subject, LiveLoRA(layers.values())))
         if process.rank == 0:
@@ -217,7 +217,8 @@ def generate_prior(folder, facts, caption, count, sampling, base, process):
         if process.world > 1:
             dist.barrier()
         batches = [range(i, min(i + size, count)) for i in range(0, count, size)]
-        for batch in tqdm(batches[process.rank::process.world], desc="prior", disable=process.rank > 0):
+        mine = batches[process.rank::process.world]
+        for batch in Progress(mine, desc="prior", unit="batch", disable=process.rank > 0):
             missing = [k for k in batch if not path(k).exists()]
             videos = generate(base, [caption] * len(batch), batch, settings=sampling) if missing else None
             for k in missing:
@@ -229,7 +230,7 @@ def generate_prior(folder, facts, caption, count, sampling, base, process):
 def preview(base, sampling, subject, lora):
     """The default prompt with the same two seeds each time -> videos (2, T, H, W, 3), label.
 
-    Too many steps freeze the motion. Here a person sees it come, and can take an earlier save.
+    Too many steps freeze the motion. The preview shows when, and an earlier save may be better.
     """
     prompt = default_prompt(sampling, [subject])
     try:
@@ -249,14 +250,13 @@ def parse_args():
     p.add_argument("--base", type=Path, default=default_base(), help="base folder (default: %(default)s)")
     p.add_argument("--images", default="",
                    help="folder with 4 to 6 photos; NAME.txt beside NAME.jpg is its caption")
-    p.add_argument("--class_word", default="",
-                   help="what the subject is, such as dog; V* starts from its embedding")
+    p.add_argument("--class_word", default="", help="what the photos show, such as dog; V* starts from it")
     p.add_argument("--placeholder", default="V*", help="how prompts name the subject (default: %(default)s)")
+    p.add_argument("--no_flip", action="store_true", help="never mirror a photo: for text, for asymmetry")
     add_method_flags(p)
     p.add_argument("--prior", type=Path,
                    help="folder with pictures or videos of the class; left out: the base makes them, once")
-    p.add_argument("--prior_motion", action="store_true",
-                   help="let the base make moving clips for the prior, not pictures")
+    p.add_argument("--prior_motion", action="store_true", help="the base makes moving clips for the prior")
     add_flags(p, TrainingDefaults)
     add_flags(p, SamplingDefaults, only=("frames", "height", "width"))
     add_speed_flags(p, ["float32", "bfloat16"], training=True)

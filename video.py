@@ -1,18 +1,21 @@
-"""Clips in and out: mp4, gif and png, each with a JSON of how it was made; labels and sheets of frames.
+"""Clips in and out: mp4, gif and png, each with a JSON of how it was made; labels, sheets of frames, motion.
 
 Nothing to run here, and nothing of the paper. Videos are (T, H, W, 3) uint8.
 """
 import json
+import os
 import re
+import subprocess
 import unicodedata
 from itertools import islice
 
 import imageio.v3 as iio
 import imageio_ffmpeg
 import numpy as np
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from cli import BadInput, complete_or_absent, one_line
+from cli import BadInput, check_regular, complete_or_absent, one_line, quiet_libraries, read_json
 
 
 # What ffmpeg makes of RGB: BT.601's matrix, sRGB's curve. Untagged, players guess another at HD sizes.
@@ -22,10 +25,17 @@ COLOURS = ["-color_range", "tv", "-colorspace", "smpte170m", "-x264-params",
 
 def write_mp4(path, video, fps, quality):
     """Video -> H.264. macro_block_size 1 keeps the size, which imageio else rounds up to 16 in silence."""
-    iio.imwrite(path, video, plugin="FFMPEG", fps=fps, codec="libx264", quality=quality, macro_block_size=1,
-                output_params=COLOURS)
-    if path.stat().st_size == 0 or len(read_video(path)) != len(video):  # imageio hides ffmpeg's failure
-        raise BadInput(f"{path}: ffmpeg did not write all {len(video)} frames; is the disk full?")
+    try:
+        with quiet_libraries():
+            iio.imwrite(path, video, plugin="FFMPEG", fps=fps, codec="libx264", quality=quality,
+                        macro_block_size=1, output_params=COLOURS)
+        # imageio hides ffmpeg's failure. It would read an empty file for ten seconds.
+        complete = path.stat().st_size > 0 and len(read_video(path)) == len(video)
+    except (OSError, BadInput):  # ffmpeg ended early, or what it wrote is no video
+        complete = False
+    if not complete:
+        raise BadInput(f"{path}: ffmpeg did not write all {len(video)} frames; make room, take an ffmpeg "
+                       f"with libx264, or pass --format gif")
 
 
 def write_gif(path, video, fps):
@@ -43,21 +53,34 @@ def write_gif(path, video, fps):
 
 def check_formats(formats):
     """There is an ffmpeg if mp4 is asked. Raises BadInput."""
-    if "mp4" not in formats:
-        return
+    if "mp4" in formats:
+        check_ffmpeg("--format mp4", "or pass --format gif")
+
+
+def check_ffmpeg(flag, other_way):
+    """An ffmpeg is there, and runs. Raises BadInput that names `flag`."""
+    named = os.environ.get("IMAGEIO_FFMPEG_EXE")
+    advice = "unset IMAGEIO_FFMPEG_EXE" if named else "pip install imageio[ffmpeg]"
     try:
-        imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError as error:
-        raise BadInput(f"--format mp4: needs ffmpeg ({one_line(error)}); pip install imageio[ffmpeg], "
-                       f"or pass --format gif") from None
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-version"]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        raise BadInput(f"{flag}: needs ffmpeg, which does not run ({one_line(error)}); {advice}, "
+                       f"{other_way}") from None
 
 
-def read_video(path):
-    """mp4 or gif -> video. Raises BadInput."""
+def read_video(path, frames=None):
+    """mp4 or gif -> video. Raises BadInput, also where there are not `frames` frames if they are given."""
     reader = {"plugin": "FFMPEG"} if path.suffix == ".mp4" else {"plugin": "pillow", "mode": "RGB"}
     try:
-        return iio.imread(path, **reader)
+        check_regular(path)
+        video = iio.imread(path, **reader)
+        if frames not in (None, len(video)):
+            raise ValueError(f"it has {len(video)} frames, and its JSON says {frames}")
+        return video
     except Exception as error:  # imageio's plugins each raise their own
+        if path.suffix == ".mp4":
+            check_ffmpeg(path, "or move the mp4 away if its gif will do")
         hint = "delete its JSON and sample it again"
         raise BadInput(f"{path}: not a readable video ({one_line(error)}); {hint}") from None
 
@@ -88,21 +111,28 @@ def endings(args):
 def free_path(folder, stem, facts, endings):
     """FOLDER/STEM, or STEM-2 ..., for a video that is made as `facts` says; None if all its files are there.
 
-    Files of that name without a JSON are someone else's, or a killed run's, and stay.
+    Files of that name without a JSON are someone else's, or a killed run's, and stay. A file is there if it
+    has as many bytes as its JSON says, so not where it was cut since.
     """
     for path in [folder / stem, *(folder / f"{stem}-{i}" for i in range(2, 10_000))]:
-        found = read_json(path.with_name(f"{path.name}.json"))
-        present = [path.with_name(f"{path.name}{ending}").exists() for ending in endings]
-        if found is None and not any(present):
+        facts_path = path.with_name(f"{path.name}.json")
+        found = facts_beside(facts_path)
+        files = [path.with_name(f"{path.name}{ending}") for ending in endings]
+        if found is None and not any(map(os.path.lexists, [facts_path, *files])):
             return path
         if found and {key: found.get(key) for key in facts} == facts:
+            sizes = found.get("bytes")
+            if not isinstance(sizes, dict):  # former versions did not write them
+                sizes = {}
+            present = [file.is_file() and file.stat().st_size == sizes.get(file.name, file.stat().st_size)
+                       for file in files]
             return None if all(present) else path
 
 
-def read_json(path):
-    """A JSON file -> its entries; None if there is no such file, {} if it is not one of ours."""
+def facts_beside(path):
+    """The JSON beside a video -> its entries; None if there is no such file, {} if it is not one of ours."""
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = read_json(path)
         return facts if isinstance(facts, dict) else {}
     except FileNotFoundError:
         return None
@@ -133,6 +163,7 @@ def save_video(path, video, formats, fps, facts, pictures):
         with file(f"-{name}.png") as temporary:
             picture.save(temporary)
     with file(".json") as temporary:
+        facts = facts | {"bytes": {file.name: file.stat().st_size for file in written[:-1]}}
         temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return written
 
@@ -178,3 +209,30 @@ def sheet(videos, columns=8):
         shown = np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int)
         rows.append(np.asarray(labelled([enlarged(video[t]) for t in shown], label)))
     return Image.fromarray(np.concatenate(rows))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Motion, as it forms
+
+
+def motion_held(predicted, final):
+    """How far two clips (C, T, H, W) move alike: 1 for the same motion, 0 for a still clip.
+
+    This is the correlation of what moves: each frame less the clip's mean frame. A correlation leaves out how
+    strong a motion is. Early predictions are averages of many clips, so they are all too weak.
+    """
+    moving = [(clip - clip.mean(dim=1, keepdim=True)).flatten() for clip in (predicted, final)]
+    return F.cosine_similarity(*moving, dim=0).item()
+
+
+def motion_line(predicted, shown, enough=0.9):
+    """A clip (C, T, H, W) as predicted at each step, the last time final -> a line of text on its motion.
+
+    The first step that holds `enough` of the motion is a K to try: motion has formed by then.
+    """
+    held = [motion_held(clip, predicted[-1]) for clip in predicted]
+    if len(predicted[-1][0]) == 1 or max(held) < enough:
+        return "nothing moves in it"
+    first = next(i for i, share in enumerate(held) if share >= enough)
+    at_steps = ", ".join(f"{held[i]:.2f} at step {i + 1}" for i in shown)
+    return f"motion {at_steps}; the first step with {enough} of it is {first + 1}"

@@ -84,9 +84,9 @@ class CustomDiffusion:
         return layers
 
     @staticmethod
-    def make_sample(photo, rng, height, width, factor, subject_words):
-        """A photo, mirrored half of the time, shrunk or enlarged -> frame, caption, weight of the loss (h,
-        w).
+    def make_sample(photo, rng, height, width, factor, subject_words, flip=True):
+        """A photo, if `flip` mirrored half of the time, shrunk or enlarged -> frame, caption, weight of the
+        loss (h, w).
 
         A photo at less than 0.6 of its size lies somewhere on grey. There the loss counts inside the photo,
         one latent cell from the photo's edge. The weight's mean is 1, so the mean over the clip becomes the
@@ -96,14 +96,15 @@ class CustomDiffusion:
         weight = torch.ones(height // factor, width // factor)
         scale = rng.uniform(1 / 3, 1) if rng.random() < 2 / 3 else rng.uniform(1.2, 1.4)
         h, w = round(scale * height), round(scale * width)
-        image = ImageOps.mirror(photo.image) if rng.random() < 0.5 else photo.image
+        image = ImageOps.mirror(photo.image) if flip and rng.random() < 0.5 else photo.image
         resized = lambda h, w: pixels(ImageOps.fit(image, (w, h), Image.BICUBIC))
 
         if scale < 0.6:
             frame = torch.zeros(3, height, width)
             top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
             frame[:, top:top + h, left:left + w] = resized(h, w)
-            first_row, first_column = top // factor + 1, left // factor + 1
+            rows, columns = weight.shape
+            first_row, first_column = min(top // factor + 1, rows - 1), min(left // factor + 1, columns - 1)
             last_row = max((top + h) // factor - 1, first_row + 1)
             last_column = max((left + w) // factor - 1, first_column + 1)
             inside = torch.zeros_like(weight)
@@ -203,6 +204,7 @@ class DreamVideo:
 # Looking a method up
 
 
+TARGETS = ("all", "cross")
 METHODS = {"customcrafter": CustomCrafter, "custom_diffusion": CustomDiffusion, "dreamvideo": DreamVideo}
 
 
@@ -226,7 +228,7 @@ def add_method_flags(parser):
                         help="how to learn: the paper's way, or one of those it compares with, at their "
                              "published settings, which are for large bases; sample those with "
                              "--lambdas \"1*50\" (default: %(default)s)")
-    parser.add_argument("--targets", choices=["all", "cross"], default="all",
+    parser.add_argument("--targets", choices=TARGETS, default="all",
                         help="LoRA on all spatial attention, or on the cross-attention alone (paper, "
                              "Table 2) (default: %(default)s)")
     parser.add_argument("--word_steps", type=int,
@@ -244,3 +246,6 @@ def fill_published(args):
     for flag, value in METHODS[args.method].published.items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
+    if (args.word_steps or 0) > (args.steps or args.word_steps or 0):
+        raise BadInput(f"--word_steps {args.word_steps}: should be at most --steps, which is {args.steps}; "
+                       f"the adapters learn in the steps after")

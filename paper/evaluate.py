@@ -18,8 +18,12 @@ import csv
 import itertools
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from cli import (BadInput, FlagParser, Progress, check_out, check_regular, complete_or_absent, join_processes,
+                 one_line, printable, read_json, run_script, this_process, warn)
 import numpy as np
 import open_clip
 import timm
@@ -29,13 +33,9 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torchvision import transforms
-from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from cli import (BadInput, FlagParser, check_out, complete_or_absent, join_processes, one_line, run_script,
-                 this_process)
 from data import load_photos
-from files import check_tensors, check_values, from_hub
+from files import check_tensors, check_values, from_hub, is_plain_state
 from texts import without_placeholders
 from video import read_video
 
@@ -56,8 +56,8 @@ def main():
     clip_photos, dino_photos = clip.images(photos), dino.images(photos)                     # (N, D) each
     rows, base_rows = [], []
     mine = videos[process.rank::process.world]
-    for path, facts in tqdm(mine, desc="evaluate", unit="video", disable=process.rank > 0):
-        video, row = read_video(path), describe(path, facts)                                # (T, H, W, 3)
+    for path, facts in Progress(mine, desc="evaluate", unit="video", disable=process.rank > 0):
+        video, row = read_video(path, facts.get("frames")), describe(path, facts)           # (T, H, W, 3)
         frames = [Image.fromarray(frame) for frame in video]
         clip_frames, dino_frames = clip.images(frames), dino.images(frames)                 # (T, D) each
         row["CLIP-T"] = cosines(clip.text(row["text"]), clip_frames)
@@ -67,7 +67,7 @@ def main():
         row["motion"] = motion(video)
         rows.append(row)
     for path, facts in base_videos[process.rank::process.world]:
-        base_rows.append({**describe(path, facts), "motion": motion(read_video(path))})
+        base_rows.append({**describe(path, facts), "motion": motion(read_video(path, facts.get("frames")))})
 
     # What all processes found becomes one table.
     rows, base_rows = of_all_processes(rows, process), of_all_processes(base_rows, process)
@@ -194,10 +194,13 @@ def load_weights(model, path, flag, repository, file):
     """A local file, else the hub's, into `model`, strictly. Raises BadInput. Nothing in the file is run."""
     path = path or from_hub(repository, file, flag, f"name it with {flag} PATH")
     try:
+        check_regular(path)
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+        if not is_plain_state(state):
+            raise ValueError("it is no dictionary of plain tensors")
     except Exception as error:  # pickle, zip, TorchScript, safetensors and the disk each raise their own
         raise BadInput(f"{flag} {path}: not readable as plain weights ({one_line(error)}); "
                        f"{file} of {repository} is") from None
@@ -213,18 +216,20 @@ def load_weights(model, path, flag, repository, file):
 def find_videos(folders):
     """Folders -> list of (video file, the facts that sample.py wrote beside it). Raises BadInput if none."""
     found = []
-    for folder in dict.fromkeys(folders):  # a folder given twice counts once
+    once = {folder.resolve(): folder for folder in reversed(folders)}  # where a folder is given twice
+    for folder in reversed(once.values()):
         if not folder.is_dir():
             raise BadInput(f"--videos {folder}: no such folder; name one that sample.py wrote into")
         for path in sorted(folder.glob("*.json")):
             try:
-                facts = json.loads(path.read_text(encoding="utf-8"))
-                describe(path, facts), facts["seed"] + 0
+                facts = read_json(path)
+                describe(path, facts)
+                if type(facts["seed"]) is not int or type(facts.get("frames", 0)) is not int:
+                    continue
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 continue  # no video of ours, such as evaluation.json
             if facts.get("compare"):
-                print(f"warning: {path}: shows several videos side by side (--compare); left out",
-                      file=sys.stderr)
+                warn(f"{path}: shows several videos side by side (--compare); left out")
                 continue
             for video in (path.with_suffix(".mp4"), path.with_suffix(".gif")):
                 if video.exists():
@@ -245,11 +250,14 @@ def base_motion(rows, base_rows):
 
 def report(rows, out):
     """Prints a line per folder, means with standard errors; writes evaluation.json and evaluation.csv."""
-    table = {}
+    table, counts = {row["folder"]: {} for row in rows}, Counter(row["folder"] for row in rows)
     for row in rows:
         for metric in METRICS:
+            if row[metric] is not None and not np.isfinite(row[metric]):
+                warn(f"{row['folder']}: {metric} of {row['video']} is not finite; left out")
+                row[metric] = None
             if row[metric] is not None:
-                table.setdefault(row["folder"], {}).setdefault(metric, []).append(row[metric])
+                table[row["folder"]].setdefault(metric, []).append(row[metric])
     lines = {}
     for folder, values in table.items():
         lines[folder] = {metric: (float(np.mean(x)), float(np.std(x) / len(x) ** 0.5), len(x))
@@ -257,12 +265,12 @@ def report(rows, out):
     print("| | videos | " + " | ".join(METRICS) + " |\n" + "|---" * (2 + len(METRICS)) + "|")
     for folder, line in lines.items():
         cells = [f"{line[m][0]:.3f} ± {line[m][1]:.3f}" if m in line else "–" for m in METRICS]
-        print(f"| {folder} | {line['CLIP-T'][2]} | " + " | ".join(cells) + " |")
+        print(f"| {printable(folder)} | {counts[folder]} | " + " | ".join(cells) + " |")
     with complete_or_absent(out / "evaluation.json") as temporary:
         report = {"folders": lines, "videos": rows}
         temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     with complete_or_absent(out / "evaluation.csv") as temporary:
-        with open(temporary, "w", newline="", encoding="utf-8") as f:
+        with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as f:
             writer = csv.DictWriter(f, rows[0].keys())
             writer.writeheader()
             writer.writerows(rows)

@@ -15,12 +15,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from cli import ROOT, BadInput, FlagParser, check_out, complete_or_absent, run_script, this_process
 import numpy as np
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from cli import ROOT, BadInput, FlagParser, check_out, complete_or_absent, run_script, this_process
 from config import check_flags, load_config
 from paper.baselines import METHODS
 from runs import newest_save, read_header

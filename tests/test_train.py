@@ -98,11 +98,11 @@ DREAMVIDEO = ["--method", "dreamvideo", "--lr", 1e-3, "--word_lr", 1e-3, "--word
 
 @pytest.mark.parametrize("method", [CUSTOM_DIFFUSION, DREAMVIDEO], ids=lambda method: method[1])
 def test_the_other_methods_agree_and_resume_on_any_number(train_on, tmp_path, method):
-    """A run begins on two processes, moves to one and ends on two, across DreamVideo's two stages."""
+    """A run begins on two processes, moves to one as DreamVideo's second stage begins, and ends on two."""
     common = [*method, "--alpha", 0.5, "--preview_every", 0]
     train_on(1, *common, "--steps", 6, "--batch_size", 2, "--out", "one")
-    train_on(2, *common, "--steps", 2, "--out", "moved")
-    train_on(1, *common, "--steps", 4, "--batch_size", 2, "--resume", "moved")
+    train_on(2, *common, "--steps", 3, "--out", "moved")
+    train_on(1, *common, "--steps", 5, "--batch_size", 2, "--resume", "moved")
     train_on(2, *common, "--steps", 6, "--resume", "moved")
     assert_close(learned(tmp_path / "one"), learned(tmp_path / "moved"))
 

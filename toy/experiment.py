@@ -23,24 +23,24 @@ from functools import partial
 from pathlib import Path
 from typing import Callable
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from cli import (ROOT, BadInput, FlagParser, check_out, complete_or_absent, join_processes, only_writer,
+                 run_script, this_process)
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from cli import (ROOT, BadInput, FlagParser, check_out, complete_or_absent, join_processes, run_script,
-                 this_process)
-from config import check_flags
+from config import check_flags, parse_lambdas
 from files import load_base, load_subject, subject_fingerprint
 from model import Tokenizer
 from paper.evaluate import consistency
 from paper.protocol import PAPER, ROWS, Row, print_row, train_subjects
-from sample import ddim_steps, generate, parse_lambdas
+from sample import ddim_steps, generate
 from toy.measure import class_or_subject, likeness, measure, pixel_features, psnr, through_vae
 from toy.world import DIRECTIONS, GROUNDS, SPEED, SUBJECTS, caption, draw_clip, draw_photos, random_scene
-from video import labelled
+from video import facts_beside, labelled
 
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 BATCH = 16  # clips sampled at once
@@ -96,7 +96,8 @@ def main():
     args = parse_args()
     process = this_process()
     join_processes(process, backend="gloo")
-    EXPERIMENTS[args.what].run(args, load_base(args.base, process.device))
+    with only_writer(args.out, process.rank):
+        EXPERIMENTS[args.what].run(args, load_base(args.base, process.device))
     if process.world > 1:
         dist.destroy_process_group()
 
@@ -281,11 +282,11 @@ class Table:
         self.args, self.base, self.rows, self.process = args, base, {}, this_process()
         self.settings = {"clips": args.clips, "base": base.config.fingerprint, **(more_settings or {})}
         self.path = args.out / f"{name}.json"
-        if self.path.exists():
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-            if found["settings"] != self.settings:
+        found = facts_beside(self.path)
+        if found is not None:
+            if found.get("settings") != self.settings:
                 raise BadInput(f"--out {args.out}: {self.path.name} in it has other settings "
-                               f"({found['settings']}); name another folder")
+                               f"({found.get('settings')}); name another folder")
             self.rows = found["rows"]
 
     def fill(self, name, prompts, judge, examples=2, sample=None):

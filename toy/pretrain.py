@@ -15,6 +15,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from cli import BadInput, FlagParser, check_out, complete_or_absent, join_processes, run_script, this_process
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -24,11 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from cli import BadInput, FlagParser, check_out, complete_or_absent, join_processes, run_script, this_process
 from config import BaseConfig, SamplingDefaults, TrainingDefaults, check_flags
 from files import base_files, build_part, fingerprint, save_base_config
-from model import (TRAIN_STEPS, VAE, Z_CHANNELS, NoiseSchedule, ScheduleConfig, TextConfig, Tokenizer,
+from model import (NOISE_LEVELS, VAE, Z_CHANNELS, NoiseSchedule, ScheduleConfig, TextConfig, Tokenizer,
                    UNetConfig, VAEConfig)
 from toy.world import SIZE, caption, draw_clip, random_look, random_scene
 
@@ -220,8 +220,8 @@ def draw_batch(scenes, latents, step, single):
     captions = [caption(scene, rng) for scene in described]
     fps = torch.tensor([scene.fps for scene in described])
     # A third of the noise levels come from the noisiest 30%: layout and motion are decided there.
-    any_level = rng.integers(TRAIN_STEPS, size=len(chosen))
-    noisy_level = 7 * TRAIN_STEPS // 10 + 3 * any_level // 10
+    any_level = rng.integers(NOISE_LEVELS, size=len(chosen))
+    noisy_level = 7 * NOISE_LEVELS // 10 + 3 * any_level // 10
     t = torch.from_numpy(np.where(rng.random(len(chosen)) < 2 / 3, any_level, noisy_level))
     eps = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(step))
     return z_0, t, fps, eps, captions

@@ -10,7 +10,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import convert_ckpt
 import sample

@@ -1,24 +1,37 @@
 """The program removes and writes over only what it made, and ends in one line.
 
-Every test is in this process.
+Every test is in this process, but for signals while libraries are imported.
 """
+import io
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
-from cli import (LOCK, RECORD, BadInput, FlagParser, check_out, complete_or_absent, one_line,  # noqa: E402
-                 only_writer, printable, run_script)
-from config import load_config  # noqa: E402
-from files import file_crc32, load_base, load_subject  # noqa: E402
-from lora import Subject  # noqa: E402
-from runs import load_training, newest_save, pick_run, run_writer, save_training, saves  # noqa: E402
+import convert_ckpt
+import sample
+import train
+from cli import (LOCK, RECORD, ROOT, BadInput, check_out, complete_or_absent, one_line,
+                 only_writer, printable, run_script, warn)
+from config import load_config
+from data import Photo
+from files import file_crc32, load_base, load_subject, save_subject
+from lora import Subject
+from makers import random_subject
+from paper import evaluate, protocol
+from paper.baselines import CustomDiffusion
+from runs import load_training, newest_save, pick_run, run_writer, save_training, saves
+from toy import experiment
 
 
 @pytest.fixture()
@@ -258,14 +271,123 @@ def test_a_save_of_a_former_version_is_taken_and_said(tmp_path, training, capsys
     assert "has no checksums" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--images", "--resume", "--prior", "--out", "--base", "--subject",
-                                  "--class_word"])
-@pytest.mark.parametrize("given", [["{}", ""], ["{}="], ["{}", " "]])
-def test_empty_flags(flag, given):
-    parser = FlagParser()
-    parser.add_argument(flag)
-    with pytest.raises(BadInput, match=f"{flag}: is empty"):
-        parser.parse_args([text.format(flag) for text in given])
+PARSERS = {"train.py": train.parse_args, "sample.py": sample.parse_args, "evaluate.py": evaluate.parse_args,
+           "convert_ckpt.py": convert_ckpt.main, "experiment.py": experiment.parse_args,
+           "protocol.py": protocol.parse_args}
+FLAGS = {
+    "train.py": ["--base", "--images", "--class_word", "--placeholder", "--prior", "--out", "--resume",
+                 "--steps", "--method", "--lr"],
+    "sample.py": ["--base", "--subject", "--prompt", "--prompts", "--lambdas", "--out", "--format", "--seed"],
+    "evaluate.py": ["--videos", "--images", "--base_videos", "--clip", "--dino", "--out"],
+    "convert_ckpt.py": ["--out", "--dtype"],
+    "experiment.py": ["--base", "--subject", "--clips", "--out"],
+    "protocol.py": ["--base", "--subjects", "--clip", "--dino", "--out"]}
+SCRIPT_FLAGS = []
+for script, flags in FLAGS.items():
+    SCRIPT_FLAGS += [(script, flag) for flag in flags]
+
+
+@pytest.mark.parametrize("script, flag", SCRIPT_FLAGS)
+def test_empty_flags(monkeypatch, script, flag):
+    """As an unset shell variable leaves them."""
+    for given in ([flag, ""], [f"{flag}="], [flag, "  "], [flag, "x", ""]):
+        monkeypatch.setattr(sys, "argv", [script, *given])
+        with pytest.raises(BadInput, match=f"^{flag}: is empty"):
+            PARSERS[script]()
+
+
+def test_an_empty_argument_and_an_empty_flag_that_is_right(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["convert_ckpt.py", ""])
+    with pytest.raises(BadInput, match="^argument 1: is empty"):
+        convert_ckpt.main()
+    for given in (["--negative_prompt", ""], ["--negative_prompt="]):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *given])
+        assert sample.parse_args().negative_prompt == ""
+
+
+@pytest.mark.parametrize("script, flag", [
+    ("train.py", "--images"), ("train.py", "--class_word"), ("train.py", "--placeholder"),
+    ("train.py", "--out"), ("train.py", "--resume"), ("sample.py", "--prompt"),
+    ("sample.py", "--negative_prompt"), ("sample.py", "--subject"), ("convert_ckpt.py", "--out"),
+    ("evaluate.py", "--videos")])
+def test_flags_that_are_no_text(monkeypatch, script, flag):
+    for given in ([flag, "caf\udce9*"], [f"{flag}=caf\udce9*"], [flag, "a\x1b[2J*"], [flag, "a\nb*"],
+                  [flag, "a\u202eb*"]):
+        monkeypatch.setattr(sys, "argv", [script, *given])
+        with pytest.raises(BadInput, match=f"^{flag} .*holds control codes, or bytes") as error:
+            PARSERS[script]()
+        assert one_line(error.value).isascii()
+
+
+def test_a_subject_that_can_be_learned_can_be_loaded(base, tmp_path, monkeypatch):
+    """Whatever class word the flags take: letters, an emoji that is joined, a space that does not break."""
+    word = "صورة \U0001f468\u200d\U0001f469\u200d\U0001f467 a\u00a0b\u200cc"
+    monkeypatch.setattr(sys, "argv", ["train.py", "--images", "photos", "--class_word", word])
+    subject = random_subject(base)
+    subject.class_word = train.parse_args().class_word
+    save_subject(tmp_path / "subject.safetensors", subject)
+    assert load_subject(tmp_path / "subject.safetensors", base).class_word == word
+
+
+def test_a_shell_leaves_the_home_folder_in_a_flag(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--out=~/videos", "--prompt", "~/ is a home"])
+    args = sample.parse_args()
+    assert args.out == Path.home() / "videos" and args.prompt == "~/ is a home"
+
+
+IMAGES = ["--images", "photos", "--class_word", "dog"]
+# A command, and how its one line begins.
+AT_FAULT = [
+    (["train.py", *IMAGES, "--method", "dreamvideo", "--word_steps", 5, "--steps", 4], "--word_steps 5: "),
+    (["train.py", *IMAGES, "--method", "dreamvideo", "--steps", 4], "--word_steps 3000: "),
+    (["train.py", *IMAGES, "--method", "dreamvideo", "--word_steps", 4001], "--word_steps 4001: "),
+    (["sample.py", "--lambdas", "1000*5", "--steps", 5], "--lambdas: 1000 in it"),
+    (["sample.py", "--lambdas", "0.4*3,0.4>-11*2", "--steps", 5], "--lambdas: -11 in it"),
+    (["sample.py", "--lambdas", "0.4*4,-11*1", "--steps", 5], "--lambdas: -11 in it"),
+    (["sample.py", "--lambdas", "0.8*2", "--steps", 3], "--lambdas 0.8*2: has 2 steps"),
+    (["sample.py", "--K", 4, "--steps", 3], "--K 4: "),
+    (["sample.py", "--height", 24], "--height 24: "),
+    (["sample.py", "--width", 24], "--width 24: "),
+    (["train.py", *IMAGES, "--height", 24], "--height 24: "),
+    (["sample.py", "--subject", "none", "--subject", "x", "--prompt", "a"], "--subject none: "),
+    (["sample.py", "--subject", "x", "--subject", "none", "--prompt", "a"], "--subject none: "),
+    (["experiment.py", "base", "--clips", 0], "--clips 0: "),
+    (["experiment.py", "base", "--clips", -1], "--clips -1: ")]
+
+
+@pytest.mark.parametrize("command, begins", AT_FAULT, ids=[" ".join(map(str, c)) for c, _ in AT_FAULT])
+def test_the_flag_at_fault_is_named(tmp_path, base_folder, monkeypatch, command, begins):
+    script, *flags = map(str, command)
+    flags += ["--out", str(tmp_path / "out")]
+    if script != "experiment.py":
+        flags += ["--base", str(base_folder)]
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    with pytest.raises(BadInput) as error:
+        {"train.py": train, "sample.py": sample, "experiment.py": experiment}[script].main()
+    assert str(error.value).startswith(begins) and not (tmp_path / "out").exists()
+
+
+def test_two_experiments_in_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["experiment.py", "base", "--clips", "1", "--out", str(tmp_path)])
+    with only_writer(tmp_path), pytest.raises(BadInput, match="another run is writing there"):
+        experiment.main()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "half", '{"settings": 1}', "\0"])
+def test_a_table_that_is_no_experiments_is_not_gone_on_with(tmp_path, monkeypatch, text):
+    (tmp_path / "base.json").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["experiment.py", "base", "--clips", "1", "--out", str(tmp_path)])
+    with pytest.raises(BadInput, match=r"base\.json in it has other settings"):
+        experiment.main()
+    assert (tmp_path / "base.json").read_text() == text
+
+
+def test_custom_diffusion_on_the_smallest_frame_has_a_finite_loss():
+    """Of two latent rows, one at least lies inside a photo that is placed anywhere."""
+    photo = Photo(Image.new("RGB", (40, 40)), "", Path(), 0)
+    for seed in range(200):
+        _, _, weight = CustomDiffusion.make_sample(photo, np.random.default_rng(seed), 16, 16, 8, "V* dog")
+        assert weight.shape == (2, 2) and weight.isfinite().all() and abs(weight.mean() - 1) < 1e-6
 
 
 @pytest.mark.parametrize("text", ["a\x1b[2Jb", "a\rb", "a\x07b", "a\u202eb", "a\x9bb", "a\nb", "a\udcffb"])
@@ -282,7 +404,15 @@ def raising(error):
 
 @pytest.mark.parametrize("error, code, says", [
     (BadInput("--x: wrong"), 2, "error: --x: wrong"),
-    (OSError(28, "No space"), 2, "error: "),
+    (OSError(28, "No space"), 2, "error: No space; the disk is full, make room"),
+    (OSError(28, "No space", "a.png"), 2, "error: a.png: No space; the disk is full, make room"),
+    (OSError(122, "Quota exceeded", "a\nb"), 2, "error: a\\nb: Quota exceeded; the disk is full"),
+    (PermissionError(13, "Permission denied", "a.png"), 2, "error: a.png: Permission denied"),
+    (OSError(12, "Cannot allocate memory"), 2, "error: out of memory (Cannot allocate memory)"),
+    (RuntimeError("std::bad_alloc"), 2, "error: out of memory"),
+    (RuntimeError("could not create a primitive"), 2, "error: out of memory"),
+    (BadInput("x: a\nb\x1b[2J\udcff"), 2, "error: x: a\\nb\\x1b[2J\\udcff"),
+    (BadInput("x" * 10**6), 2, " ... "),
     (KeyError("a"), 1, "unexpected: KeyError"),
     (RecursionError("deep"), 1, "unexpected: RecursionError"),
     (UnicodeEncodeError("ascii", "é", 0, 1, "no"), 1, "unexpected: UnicodeEncodeError"),
@@ -304,6 +434,75 @@ def test_every_end_is_one_line(monkeypatch, capfd, error, code, says, flags):
     assert end.value.code == code and says in lines[-1]
     if not flags:
         assert len(lines) == 1
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (1, 2)])
+def test_closed_streams(monkeypatch, closed):
+    """As after >&-, where Python has no stream."""
+    for number in closed:
+        monkeypatch.setattr(sys, {1: "stdout", 2: "stderr"}[number], None)
+    if 1 not in closed:
+        monkeypatch.setattr(sys, "stdout", open(os.devnull, "w"))
+    if 2 not in closed:
+        monkeypatch.setattr(sys, "stderr", open(os.devnull, "w"))
+    monkeypatch.setattr(sys, "argv", ["script"])
+    run_script(lambda: (print("a"), warn("b")))
+    with pytest.raises(SystemExit) as end:
+        run_script(raising(BadInput("--x: wrong")))
+    assert end.value.code == 2
+
+
+def test_an_ascii_terminal(monkeypatch):
+    content = [io.BytesIO(), io.BytesIO()]
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content[0], "ascii"))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(content[1], "ascii"))
+    monkeypatch.setattr(sys, "argv", ["script"])
+    run_script(lambda: (print("läuft 走"), warn("läuft 走")))
+    with pytest.raises(SystemExit):
+        run_script(raising(BadInput("--prompt läuft: wrong")))
+    assert content[0].getvalue() == b"l\\xe4uft \\u8d70\n"
+    assert content[1].getvalue() == b"warning: l\\xe4uft \\u8d70\nerror: --prompt l\\xe4uft: wrong\n"
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "convert_ckpt.py", "paper/evaluate.py",
+                                    "paper/protocol.py", "toy/experiment.py", "toy/pretrain.py"])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_signal_while_libraries_are_imported(tmp_path, script, number, code):
+    """The torch that this test puts in the way of PyTorch sends the signal while it is imported."""
+    sends = f"import os, time\nos.kill(os.getpid(), {int(number)})\ntime.sleep(9)\n"
+    (tmp_path / "torch.py").write_text(sends)
+    done = subprocess.run([sys.executable, ROOT / script], env=os.environ | {"PYTHONPATH": str(tmp_path)},
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    assert done.stderr == ("stopped\n" if number == signal.SIGINT else "") and not done.stdout
+
+
+def test_an_error_names_the_file_that_was_asked_for(tmp_path):
+    """And not the temporary path, whoever raises it."""
+    path = tmp_path / "out" / "a.png"
+    for fault in (lambda file: open(file / "x"), lambda file: raising(BadInput(f"{file}: is bad"))(),
+                  lambda file: raising(ValueError(f"cannot write {file}"))()):
+        with pytest.raises(BadInput) as error, complete_or_absent(path) as temporary:
+            fault(temporary)
+        assert str(path) in str(error.value) and ".tmp-" not in str(error.value)
+        assert not list(path.parent.iterdir())
+
+
+@pytest.mark.parametrize("name", [LOCK, RECORD])
+def test_a_link_where_a_writer_notes_things(tmp_path, name):
+    """Neither read nor written through."""
+    (tmp_path / "mine").write_text('".tmp-mine"\n')
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".tmp-mine").write_text("mine")
+    (out / name).symlink_to("../mine")
+    try:
+        with only_writer(out), complete_or_absent(out / "x") as temporary:
+            temporary.write_text("x")
+    except OSError:  # filelock follows no link
+        assert name == LOCK
+    assert (tmp_path / "mine").read_text() == '".tmp-mine"\n'
+    assert (out / ".tmp-mine").exists()
 
 
 def test_out_that_is_a_link_to_nothing(tmp_path):
