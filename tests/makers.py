@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo  # noqa: F401  AdamW imports it, which takes every forked child two seconds
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent

@@ -215,6 +215,13 @@ def test_killed_at_random_moments(tmp_path, name):
     stress.stress(name, stress.make_inputs(tmp_path), kills, random.Random(0))
 
 
+@pytest.mark.parametrize("name, windows", [
+    ("saves", range(1, 1000, 9)), ("two on one prior", range(1, 1000, 5)), ("convert again", [14])])
+def test_killed_in_a_window(tmp_path, name, windows):
+    """A few of the kills of tests/stress.py --windows."""
+    assert stress.stress_windows(name, stress.make_inputs(tmp_path), windows) >= min(len(windows), 6)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Moved, branched, kept
 
