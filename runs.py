@@ -152,6 +152,10 @@ def check_nothing_is_lost(out, last_save, going_on):
     for path in out.glob("step-*"):
         if step_named(path) and path not in found:
             raise BadInput(f"{path}: is not a save, and in the way of one; move it, or name another --out")
+    if not going_on:    # a run's first preview comes after its first save, so these are someone else's
+        for path in [out / "preview.png", *(out / "previews").glob("step-[0-9]*.png")]:
+            if os.path.lexists(path):
+                raise BadInput(f"{path}: would be written over; move it, or name another --out")
 
 
 def save_fingerprint(save):
@@ -345,7 +349,7 @@ def check_optimizer(path, found, optimizer):
     try:
         if found["param_groups"] != expected["param_groups"] or not found["state"]:
             raise fault
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = sum((group["params"] for group in optimizer.param_groups), [])
         for index, moments in found["state"].items():
             for name in ("exp_avg", "exp_avg_sq"):
                 if moments[name].shape != parameters[index].shape or not moments[name].isfinite().all():
@@ -370,7 +374,7 @@ def watching(what):
         yield
     except Exception as error:  # of the disk, of Pillow, of the device's memory
         if what not in told:
-            print(f"warning: {what}: not written ({one_line(error)}); training goes on")
+            warn(f"{what}: not written ({one_line(error)}); training goes on")
         told.add(what)
 
 

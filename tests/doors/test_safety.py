@@ -542,3 +542,12 @@ def test_the_committed_base_and_subject_load():
     root = Path(__file__).parent.parent.parent
     base = load_base(root / "toy" / "base")
     assert load_subject(root / "toy" / "subject.safetensors", base).class_word
+
+
+@pytest.mark.parametrize("name", ["preview.png", "previews/step-000002.png"])
+def test_a_new_run_writes_over_no_picture(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(BadInput, match="would be written over"), run_writer(tmp_path, None, 0):
+        pass
+    assert (tmp_path / name).read_bytes() == b"mine"
