@@ -132,7 +132,7 @@ def disk_is_full(error):
 
 
 def one_line(error):
-    """An error as one printable line: the system's reason without its number, of a library's the first."""
+    """An error as one printable line: the system's reason without number, or a library's first line."""
     text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
     return printable(text if isinstance(error, BadInput) else text.splitlines()[0])
 
@@ -317,13 +317,18 @@ def join_processes(process, backend=None, **facts):
                             device_id=device)
 
 
+def leave_processes(process):
+    """Waits for all processes, and ends their connection."""
+    if process.world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def as_on_rank_0(value, process):
     """Rank 0's value, on every process: a random seed, or what another process may find written already."""
     box = [value]
     if process.world > 1:
-        join_processes(process, backend="gloo")
         dist.broadcast_object_list(box)
-        dist.destroy_process_group()
     return box[0]
 
 

@@ -89,7 +89,7 @@ RANGES = {
         "batch_size": (1, 1024, "subject clips per process and step, each with one prior clip"),
         "grad_accum": (1, 1024, "batches per process and step, for less memory at the same clips per step"),
         "alpha": (0, 1000, "weight of the prior loss, 0 for none (paper: 1.0)"),
-        "num_prior": (1, 100_000, "number of prior pictures or videos (paper: 200)"),
+        "num_prior": (1, 10_000, "number of prior pictures or videos (paper: 200)"),
         "save_every": (1, 10**7, "steps between saves"),
         "preview_every": (0, 10**7, "steps between previews, 0 for none")},
     BaseConfig: {"crc32": (0, 2**32 - 1)},

@@ -131,7 +131,7 @@ def load_prior(folder, count, frames, height, width):
     """Folder -> list of video (1 or T, 3, H, W), caption, file's crc32: its first `count` of the class.
 
     Of a video the first T = `frames` frames are taken; a shorter video is reported and left out. A caption is
-    empty where there is no NAME.txt. A file's crop lies anywhere along its longer side, as its name says.
+    empty where there is no NAME.txt. Where its crop lies along the longer side follows from its name.
     Raises BadInput as `load_photos`.
     """
     def load(path):

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import warnings
 import zlib
@@ -81,10 +82,18 @@ def pick_checkpointing(args, base, settings, sampling, rank):
     return True
 
 
+def as_typed(path):
+    """A path of this project as a user would type it here."""
+    try:
+        return Path(os.path.relpath(path))
+    except ValueError:  # on Windows, from another drive
+        return path
+
+
 def default_base():
     """The folder that is used where --base is left out."""
     converted = ROOT / "checkpoints" / "videocrafter2"
-    return Path(os.path.relpath(converted if converted.exists() else ROOT / "toy" / "base"))
+    return as_typed(converted if converted.exists() else ROOT / "toy" / "base")
 
 
 def build_part(part, config: BaseConfig):
@@ -338,9 +347,10 @@ def find_subjects(given, base_fingerprint):
             raise BadInput("--subject none: means no subject; leave it out, or the others")
         paths = [Path(path) for path in given if path != "none"]
         return [path / "subject.safetensors" if path.is_dir() else path for path in paths]
-    found = [path for path in Path("runs").rglob("subject.safetensors") if "step-" not in path.parent.name]
+    is_save = re.compile(r"(\.tmp-.*)?step-\d{6,18}").fullmatch
+    found = [path for path in Path("runs").rglob("subject.safetensors") if not is_save(path.parent.name)]
     trained, newer = sorted(found, key=lambda path: path.stat().st_mtime), []
-    for path in [*reversed(trained), Path(os.path.relpath(ROOT / "toy" / "subject.safetensors"))]:
+    for path in [*reversed(trained), as_typed(ROOT / "toy" / "subject.safetensors")]:
         try:
             check_regular(path)
             with safe_open(path, framework="pt") as f:
@@ -362,7 +372,7 @@ def pick_images(args, config):
     training = config.training
     if not training.images:
         training = load_config(ROOT / "toy" / "base" / "config.json").training
-    return Path(os.path.relpath(ROOT / training.images)), args.class_word or training.class_word
+    return as_typed(ROOT / training.images), args.class_word or training.class_word
 
 
 # ------------------------------------------------------------------------------------------------------------

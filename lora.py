@@ -133,6 +133,7 @@ class MergedLoRA:
         """lambda = 0 restores the base bit for bit. Setting the value that is already set costs nothing."""
         if lam == self.lam:
             return
+        self.lam = None     # until every weight is written
         for name, W in self.weights.items():
             W_0 = self.originals[name]
             if lam == 0:

@@ -50,7 +50,7 @@ def pick_run(out, resume, default, photos):
 
 
 def default_run(images):
-    """runs/NAME, as the folder of photos is called where it was typed: a link keeps its own name."""
+    """runs/NAME, where NAME is the photo folder's own name as typed: a link keeps its name."""
     return Path("runs") / Path(os.path.abspath(images)).name
 
 
@@ -66,6 +66,8 @@ def pick_resumed_run(out, resume, parent, photos):
             save = newest_save(run)
         if out and out != run and not newest_save(out):
             run = out  # a new branch of an old run
+        elif out and out.resolve() != run.resolve():
+            raise BadInput(f"--out {out}: holds another run; name a new folder for a branch of {run}")
         elif save != newest_save(run):
             raise BadInput(f"--resume {save}: {run} has newer saves; name a new --out for a branch from here")
     if not save:
@@ -187,8 +189,11 @@ def prior_folder(out, base, sampling, class_word):
 
 
 @contextmanager
-def prior_writer(folder, facts, rank):
-    """Holds the prior's folder, once no other run fills it. Raises BadInput if it is of other facts."""
+def prior_writer(folder, facts, rank, count):
+    """Holds the prior's folder, once no other run fills it, until `count` pictures or clips are in it.
+
+    Raises BadInput if the folder is of other facts, or if this node has only a part in the end.
+    """
     with ExitStack() as stack:
         told = False
         while True:
@@ -207,6 +212,10 @@ def prior_writer(folder, facts, rank):
         if rank == 0 and facts_beside(record) != facts:
             raise BadInput(f"{record}: says that this prior was made for something else; delete {folder}")
         yield
+        made = [path for path in folder.iterdir() if re.fullmatch(r"\d{4}\.(png|mp4)", path.name)]
+        if len(made) < count:
+            raise BadInput(f"{folder}: this node has {len(made)} of the prior's {count} files, for the "
+                           f"nodes share no folder; make the prior on one, and give each a copy by --prior")
 
 
 def save_prior_clip(path, video, fps):
@@ -369,7 +378,7 @@ told = set()    # of what could not be written
 
 @contextmanager
 def watching(what):
-    """What only shows a run never costs it: any failure is said, once, and training goes on."""
+    """What only shows a run never costs it: each failure is said once, and training goes on."""
     try:
         yield
     except Exception as error:  # of the disk, of Pillow, of the device's memory

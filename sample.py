@@ -13,8 +13,8 @@ import secrets
 import time
 from pathlib import Path
 
-from cli import (BadInput, FlagParser, Progress, as_on_rank_0, check_out, only_writer, peak_memory,
-                 pick_precision, run_script, this_process)
+from cli import (BadInput, FlagParser, Progress, as_on_rank_0, check_out, join_processes, leave_processes,
+                 only_writer, peak_memory, pick_precision, run_script, this_process)
 import torch
 
 from config import (RANGES, SamplingDefaults, add_flags, add_speed_flags, check_flags, check_sampling,
@@ -23,7 +23,7 @@ from files import default_base, find_subjects, load_base, load_subject, subject_
 from model import NOISE_LEVELS, Z_CHANNELS, Tokenizer
 from paper.baselines import MergedSubjects
 from texts import pick_prompts, without_placeholders
-from video import check_formats, endings, free_path, motion_line, save_video, sheet, side_by_side, slug
+from video import check_ffmpeg, endings, free_path, motion_line, save_video, sheet, side_by_side, slug
 
 
 def ddim_steps(schedule, steps, eta):
@@ -90,7 +90,7 @@ def generate(base, prompts, seeds, subjects=(), settings=None, lambdas=None, neg
 
     settings: the base's SamplingDefaults, or `dataclasses.replace` of them. lambdas: one per step; left out,
     the settings' two-step schedule. lora: sets lambda; left out, the subjects' updates go into the UNet.
-    Clip b depends on its own seed alone: its noise is drawn on the CPU, and is the same everywhere.
+    Clip b's noise follows from its own seed alone: it is drawn on the CPU, and is the same everywhere.
     """
     settings = settings or base.config.sampling
     lambdas = lambdas or two_step_schedule(settings.lambda_s, settings.lambda_l, settings.K, settings.steps)
@@ -136,7 +136,7 @@ def main():
     prompts = pick_prompts(args, settings, subjects)
     seed = args.seed if args.seed is not None else secrets.randbelow(2**31)
 
-    # List what to make, each with all that its pixels depend on. What is there already is left out.
+    # List what to make, each with all that its pixels depend on but rounding. What is there is left out.
     facts = {name: getattr(settings, name) for name in RANGES[SamplingDefaults]}
     if args.lambdas:
         facts |= {"lambda_s": None, "lambda_l": None, "K": None}
@@ -146,23 +146,25 @@ def main():
     for path, subject in zip(paths, subjects):
         facts["subjects"].append({"path": str(path), "fingerprint": subject_fingerprint(subject),
                                   "placeholder": subject.placeholder, "class_word": subject.class_word})
-    seed, jobs = as_on_rank_0((seed, list_jobs(args, prompts, seed, facts)), process)
-    if process.rank == 0:
-        named = [f"subject {path} ({subject.placeholder} {subject.class_word}, {subject.steps} steps)"
-                 for path, subject in zip(paths, subjects)]
-        print(f"base {args.base} ({config.name}), {', '.join(named) or 'no subject'}, seed {seed}")
-
-    # Make them, a batch at a time. Neither a batch nor a video depends on the number of processes.
-    batches = [jobs[i:i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
-    mine = batches[process.rank::process.world]
     variants = compare_variants(settings, lambdas, subjects) if args.compare else [("", subjects, lambdas)]
-    steps = sum(len(batch) for batch in mine) * len(variants) * settings.steps
-    written = []
-    bar = Progress(total=steps, unit="step", disable=process.rank > 0)
-    with only_writer(args.out, process.rank), bar:
-        for number, batch in enumerate(mine, 1):
-            bar.set_description(f"batch {number}/{len(mine)}")
-            written += make_batch(args, base, settings, batch, variants, bar)
+    join_processes(process, "gloo", base=base.config.fingerprint, subjects=facts["subjects"])
+    with only_writer(args.out, process.rank):
+        seed, jobs = as_on_rank_0((seed, list_jobs(args, prompts, seed, facts)), process)
+        if process.rank == 0:
+            named = [f"subject {path} ({subject.placeholder} {subject.class_word}, {subject.steps} steps)"
+                     for path, subject in zip(paths, subjects)]
+            print(f"base {args.base} ({config.name}), {', '.join(named) or 'no subject'}, seed {seed}")
+
+        # Make them, a batch at a time. Neither a batch nor a video depends on the number of processes.
+        batches = [jobs[i:i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
+        mine = batches[process.rank::process.world]
+        steps = sum(len(batch) for batch in mine) * len(variants) * settings.steps
+        written = []
+        with Progress(total=steps, unit="step", disable=process.rank > 0) as bar:
+            for number, batch in enumerate(mine, 1):
+                bar.set_description(f"batch {number}/{len(mine)}")
+                written += make_batch(args, base, settings, batch, variants, bar)
+        leave_processes(process)
     asked = len(prompts) * args.num
     if process.rank == 0 and len(jobs) < asked:
         print(f"{asked - len(jobs)} of {asked} videos were there already")
@@ -261,7 +263,8 @@ def parse_args():
     own = {"seed": (0, 2**62), "num": (1, 100_000), "batch_size": (1, 1024)}
     check_flags(args, RANGES[SamplingDefaults] | own)
     check_out(args.out)
-    check_formats(args.format)
+    if "mp4" in args.format:
+        check_ffmpeg("--format mp4", "or pass --format gif")
     if args.prompt and args.prompts:
         raise BadInput("--prompts: stands in place of --prompt; give one of the two")
     if args.lambdas and not (args.lambda_s is args.lambda_l is args.K is None):

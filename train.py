@@ -213,13 +213,13 @@ def generate_prior(folder, facts, caption, count, sampling, base, process):
     ending = "mp4" if sampling.frames > 1 else "png"
     path = lambda k: folder / f"{k:04d}.{ending}"
     size = max(1, 8 // sampling.frames)
-    with prior_writer(folder, facts, process.rank):
+    with prior_writer(folder, facts, process.rank, count):
         if process.world > 1:
             dist.barrier()
-        batches = [range(i, min(i + size, count)) for i in range(0, count, size)]
+        batches = [range(i, i + size) for i in range(0, count, size)]
         mine = batches[process.rank::process.world]
         for batch in Progress(mine, desc="prior", unit="batch", disable=process.rank > 0):
-            missing = [k for k in batch if not path(k).exists()]
+            missing = [k for k in batch if k < count and not path(k).exists()]
             videos = generate(base, [caption] * len(batch), batch, settings=sampling) if missing else None
             for k in missing:
                 save_prior_clip(path(k), videos[k - batch[0]].numpy(), sampling.save_fps)

@@ -51,12 +51,6 @@ def write_gif(path, video, fps):
     frames[0].save(path, format="gif", save_all=True, append_images=frames[1:], duration=delay, loop=0)
 
 
-def check_formats(formats):
-    """There is an ffmpeg if mp4 is asked. Raises BadInput."""
-    if "mp4" in formats:
-        check_ffmpeg("--format mp4", "or pass --format gif")
-
-
 def check_ffmpeg(flag, other_way):
     """An ffmpeg is there, and runs. Raises BadInput that names `flag`."""
     named = os.environ.get("IMAGEIO_FFMPEG_EXE")
@@ -121,9 +115,7 @@ def free_path(folder, stem, facts, endings):
         if found is None and not any(map(os.path.lexists, [facts_path, *files])):
             return path
         if found and {key: found.get(key) for key in facts} == facts:
-            sizes = found.get("bytes")
-            if not isinstance(sizes, dict):  # former versions did not write them
-                sizes = {}
+            sizes = recorded_sizes(found)
             present = [file.is_file() and file.stat().st_size == sizes.get(file.name, file.stat().st_size)
                        for file in files]
             return None if all(present) else path
@@ -138,6 +130,12 @@ def facts_beside(path):
         return None
     except (OSError, ValueError):
         return {}
+
+
+def recorded_sizes(facts):
+    """File name -> bytes, of the files that a JSON speaks of."""
+    sizes = facts.get("bytes")
+    return sizes if isinstance(sizes, dict) else {}
 
 
 def save_video(path, video, formats, fps, facts, pictures):
@@ -162,8 +160,9 @@ def save_video(path, video, formats, fps, facts, pictures):
     for name, picture in pictures.items():
         with file(f"-{name}.png") as temporary:
             picture.save(temporary)
+    sizes = recorded_sizes(facts_beside(path.with_name(f"{path.name}.json")) or {})
     with file(".json") as temporary:
-        facts = facts | {"bytes": {file.name: file.stat().st_size for file in written[:-1]}}
+        facts = facts | {"bytes": sizes | {file.name: file.stat().st_size for file in written[:-1]}}
         temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return written
 

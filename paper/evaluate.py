@@ -45,8 +45,7 @@ METRICS = ("CLIP-T", "CLIP-I", "DINO-I", "T.Cons", "motion", "motion of base")
 def main():
     args = parse_args()
     process = this_process()
-    if process.world > 1:
-        join_processes(process, backend="gloo")
+    join_processes(process, "gloo")
     videos = find_videos(args.videos)
     base_videos = find_videos(args.base_videos) if args.base_videos else []
     photos = [photo.image for photo in load_photos(args.images, 10**6)]

@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from makers import ROOT, SMALL, fork, golden_state, random_subject, torchrun, wait, write_base
 import sample
 import train
-from cli import BadInput
+from cli import BadInput, only_writer
 from config import BaseConfig
 from convert_ckpt import convert
 import runs
@@ -113,6 +113,8 @@ def finish(name, inputs, alone, cwd):
     start, check = JOBS[name]
     assert wait(start(inputs, cwd)) == 0, (name, said_in(cwd))
     check(inputs, cwd)
+    with only_writer(cwd / "out"):  # what the next run there does first
+        pass
     expected, found = files_in(alone), {file: first_name(file) for file in files_in(cwd)}
     others = set(expected) ^ set(found.values())
     older_saves = {first for first in found.values() if "/step-" in first}  # not removed yet
@@ -283,7 +285,7 @@ def start_two(inputs, cwd, before=None):
     """Two runs fill one prior. One may be killed; the other waits for its end, and does the rest."""
     def main():
         runs.time.sleep = lambda seconds: time_sleep(0.01)
-        with prior_writer(cwd / "prior", {"class_word": "dog"}, 0):
+        with prior_writer(cwd / "prior", {"class_word": "dog"}, 0, 8):
             for k in range(8):
                 path = cwd / "prior" / f"{k:04d}.png"
                 if not path.exists():

@@ -9,7 +9,8 @@ from safetensors import safe_open
 
 from cli import BadInput
 from files import load_base, load_subject, save_subject, subject_fingerprint, subject_tensors
-from lora import LiveLoRA, add_lora, class_embedding, target_names
+import lora
+from lora import LiveLoRA, MergedLoRA, add_lora, class_embedding, target_names
 from makers import random_subject, write_base
 from model import Tokenizer, UNet, UNetConfig
 from paper.baselines import METHODS, MergedSubjects
@@ -125,6 +126,25 @@ def test_dreamvideos_adapter_reads_what_is_not_normalised(base):
         h = block.attn2(block.norm2(h), text) + h + 0.4 * added
         MergedSubjects(base.unet, subjects).set(0.4)
         assert torch.allclose(block(x, text), h + block.ff(block.norm3(h)), atol=1e-4)
+
+
+def test_a_merge_that_fails_half_way_is_taken_back(base, monkeypatch):
+    """Out of memory at the fifth of the matrices: lambda = 0 still restores every one."""
+    before = {name: weight.clone() for name, weight in base.unet.state_dict().items()}
+    merged, done, whole_product = MergedLoRA(base.unet, random_subject(base)), [], lora.product
+
+    def product(tensors, device):
+        done.append(tensors)
+        if len(done) == 5:
+            raise MemoryError
+        return whole_product(tensors, device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lora.product", product)
+        with pytest.raises(MemoryError):
+            merged.set(0.4)
+    merged.set(0)
+    assert all(torch.equal(weight, before[name]) for name, weight in base.unet.state_dict().items())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -396,3 +396,19 @@ def test_a_subjects_file_is_pefts_after_the_readmes_renaming(base, tmp_path):
         update = tensors[f"{layer}.lora_B.weight"] @ tensors[f"{layer}.lora_A.weight"]
         assert torch.allclose(linear.weight + update, expected[layer], atol=1e-6)
         assert not torch.allclose(linear.weight, expected[layer], atol=1e-3)
+
+
+def test_an_out_that_holds_another_run_is_no_branch(start, tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        assert wait(start("--alpha", 0, "--out", name)) == 0
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match="--out b: holds another run"):
+        runs.pick_run(runs.Path("b"), "a", runs.Path("runs/dog"), [])
+
+
+def test_a_node_with_a_part_of_the_prior_is_refused(tmp_path):
+    """Two nodes that share no folder make a half each."""
+    with pytest.raises(BadInput, match="has 1 of the prior's 2 files"):
+        with runs.prior_writer(tmp_path / "prior", {"class_word": "dog"}, 1, 2):
+            (tmp_path / "prior").mkdir()
+            ramp(48, 32).save(tmp_path / "prior" / "0001.png")
