@@ -25,7 +25,7 @@ from files import default_base, find_subjects, load_base, load_subject, subject_
 from model import TRAIN_STEPS, Z_CHANNELS, Tokenizer
 from paper.baselines import MergedSubjects
 from texts import pick_prompts, without_placeholders
-from video import check_formats, endings, free_path, save_video, sheet, side_by_side, slug
+from video import check_formats, endings, free_path, motion_line, save_video, sheet, side_by_side, slug
 
 
 def ddim_steps(schedule, steps, eta):
@@ -185,15 +185,12 @@ def list_jobs(args, prompts, seed, facts):
 
 def make_batch(args, base, settings, batch, variants, bar):
     """Samples and writes the videos of one batch of jobs, in every variant -> the paths written."""
-    start, videos, shown = time.time(), {}, ()
-    if args.show_process:  # mostly early steps, where motion forms (paper, Fig. 3)
-        shown = (0, 1, 2, settings.K - 1, settings.K, 2 * settings.K, settings.steps // 2, settings.steps - 1)
+    start, videos, written = time.time(), {}, []
     for label, (subjects, lambdas) in variants.items():
-        process_shown = {}
+        predicted = []  # clean latents (B, 4, T, h, w), one per step
         def on_step(i, z_0):
             bar.update(len(batch))
-            if i in shown:
-                process_shown[f"step {i + 1}, lambda {lambdas[i]:g}"] = base.decode(z_0).numpy()
+            predicted.extend([z_0] * args.show_process)
 
         prompts, seeds = zip(*((job["prompt"], job["seed"]) for _, job in batch))
         if not subjects:  # the base is asked for the class
@@ -202,12 +199,15 @@ def make_batch(args, base, settings, batch, variants, bar):
         made = generate(base, prompts, seeds, subjects, settings, lambdas, args.negative_prompt, on_step)
         videos[label] = made.numpy()
 
-    written = []
+    K, steps = settings.K, len(predicted)  # show mostly early steps, where motion forms (paper, Fig. 3)
+    shown = sorted({0, 1, 2, K - 1, K, 2 * K, steps // 2, steps - 1} & set(range(steps)))
+    process = {f"step {i + 1}, lambda {lambdas[i]:g}": base.decode(predicted[i]).numpy() for i in shown}
     for b, (path, job) in enumerate(batch):
         in_variants = {label: video[b] for label, video in videos.items()}
         pictures = {"frames": sheet(in_variants)} if args.compare else {}
         if args.show_process:
-            pictures["process"] = sheet({label: video[b] for label, video in process_shown.items()})
+            pictures["process"] = sheet({label: video[b] for label, video in process.items()})
+            bar.write(f"{path.name}: {motion_line([z_0[b] for z_0 in predicted], shown)}")
         video = side_by_side(in_variants) if args.compare else in_variants[""]
         job["seconds"] = round((time.time() - start) / len(batch), 2)
         written += save_video(path, video, args.format, settings.save_fps, job, pictures)
@@ -259,7 +259,7 @@ def parse_args():
     p.add_argument("--compare", action="store_true",
                    help="base with the class word, constant lambda_l and the schedule, side by side")
     p.add_argument("--show_process", action="store_true",
-                   help="also a picture of the clean video as predicted at several steps")
+                   help="also the clean video as predicted at several steps, and when it moves as it will")
     p.add_argument("--format", nargs="+", choices=["mp4", "gif", "png"], default=["mp4", "gif"],
                    help="kinds of files to write; png: one picture with all frames (default: mp4 gif)")
     add_speed_flags(p, ["float32", "bfloat16", "float16"])

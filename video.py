@@ -1,4 +1,4 @@
-"""Clips in and out: mp4, gif and png, each with a JSON of how it was made; labels and sheets of frames.
+"""Clips in and out: mp4, gif and png, each with a JSON of how it was made; labels, sheets of frames, motion.
 
 Nothing to run here, and nothing of the paper. Videos are (T, H, W, 3) uint8.
 """
@@ -10,6 +10,7 @@ from itertools import islice
 import imageio.v3 as iio
 import imageio_ffmpeg
 import numpy as np
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from cli import BadInput, complete_or_absent, one_line
@@ -178,3 +179,30 @@ def sheet(videos, columns=8):
         shown = np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int)
         rows.append(np.asarray(labelled([enlarged(video[t]) for t in shown], label)))
     return Image.fromarray(np.concatenate(rows))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Motion, as it forms
+
+
+def motion_held(predicted, final):
+    """How far two clips (C, T, H, W) move alike: 1 for the same motion, 0 for a still clip.
+
+    This is the correlation of what moves: each frame less the clip's mean frame. A correlation leaves out how
+    strong a motion is. Early predictions are averages of many clips, so they are all too weak.
+    """
+    moving = [(clip - clip.mean(dim=1, keepdim=True)).flatten() for clip in (predicted, final)]
+    return F.cosine_similarity(*moving, dim=0).item()
+
+
+def motion_line(predicted, shown, enough=0.9):
+    """A clip (C, T, H, W) as predicted at each step, the last time final -> a line of text on its motion.
+
+    The first step that holds `enough` of the motion is a K to try: motion has formed by then.
+    """
+    held = [motion_held(clip, predicted[-1]) for clip in predicted]
+    if len(predicted[-1][0]) == 1 or max(held) < enough:
+        return "nothing moves in it"
+    first = next(i for i, share in enumerate(held) if share >= enough)
+    at_steps = ", ".join(f"{held[i]:.2f} at step {i + 1}" for i in shown)
+    return f"motion {at_steps}; the first step with {enough} of it is {first + 1}"

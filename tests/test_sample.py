@@ -12,8 +12,10 @@ from cli import run_script
 from files import save_subject
 from lora import MergedLoRA
 from makers import ROOT, random_subject, run, torchrun
-from model import NoiseSchedule, ScheduleConfig
+from model import NoiseSchedule, ScheduleConfig, pixels
 from sample import ddim, ddim_steps, parse_lambdas, two_step_schedule
+from toy import world
+from video import motion_held, motion_line
 
 
 def test_fifty_steps_are_upstreams():
@@ -73,6 +75,29 @@ def test_weights_are_written_only_at_the_switch(base, monkeypatch):
 def test_lambda_schedules():
     assert parse_lambdas("0.4*5,0.8*45", 50) == two_step_schedule(0.4, 0.8, 5, 50)
     assert parse_lambdas("0*1, 0.4>0.8*5 ,1*1", 7) == [0, 0.4, 0.5, 0.6, 0.7, 0.8, 1]
+
+
+def test_motion_as_it_forms(moving_clip):
+    """Predictions that stand still up to step 3, and move pale and blurred from step 4 on."""
+    still, mean = moving_clip[:, :1].expand_as(moving_clip), moving_clip.mean(dim=1, keepdim=True)
+    blurred = torch.nn.functional.avg_pool3d(moving_clip[None], (1, 5, 5), 1, (0, 2, 2))[0]
+    pale = mean + 0.3 * (blurred - mean)
+    line = motion_line([still] * 3 + [pale] * 2 + [moving_clip] * 3, shown=(0, 2, 7))
+    assert line == ("motion 0.00 at step 1, 0.00 at step 3, 1.00 at step 8; "
+                    "the first step with 0.9 of it is 4")
+    assert motion_line([still] * 8, shown=(0,)) == "nothing moves in it"
+    assert motion_line([moving_clip[:, :1]] * 8, shown=(0,)) == "nothing moves in it"
+
+    # A clip that goes the other way, and one that another ground lies behind.
+    assert motion_held(moving_clip.flip(1), moving_clip) < 0
+    assert motion_held(moving_clip + 0.3, moving_clip) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def moving_clip():
+    """A drawn clip of the embedded world (3, T, H, W). Its sprite travels farther than its own radius."""
+    scene = world.random_scene(np.random.default_rng(0))
+    return pixels(world.draw_clip(scene)).transpose(0, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -160,6 +185,15 @@ def test_compare_and_process(dog, tmp_path, call):
     assert video.shape == (3, 3 * 32 + 14, 3 * 144, 3)
     frames = iio.imread(tmp_path / "both" / "a-v-dog-0-frames.png")
     assert frames.shape[1] == 3 * 144 and frames.shape[0] % 3 == 0
+
+
+def test_process_prints_its_motion(dog, call):
+    """A line for each video, in which the last step holds all of the motion. No other flag prints it."""
+    flags = [*dog, "--format", "png", "--num", 2, "--batch_size", 2]
+    lines = [line for line in call(*flags, "--show_process", "--K", 0).out.splitlines() if ": motion" in line]
+    assert len(lines) == 2 and lines[1].startswith("a-v-dog-running-on-the-grass-1: motion ")
+    assert all("1.00 at step 4; the first step with 0.9 of it is " in line for line in lines)
+    assert ": motion" not in call(*flags, "--out", "plain").out
 
 
 def test_prompts_file_and_shared_work(dog, tmp_path, call):

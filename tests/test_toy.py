@@ -188,6 +188,16 @@ def test_unet_has_learned_what_captions_say(toy):
     assert loss_with_other("shape", next_of(SHAPES)) > right
 
 
+def test_process_finds_the_step_at_which_motion_is_decided(tmp_path):
+    """By `experiment.py decided` nine tenths of the directions are decided between steps 7 and 10."""
+    done = run("sample.py", "--base", ROOT / "toy" / "base", "--subject", "none", "--show_process",
+               "--prompt", "a red star moving left on the sea", "--num", 2, "--seed", 0, "--format", "png",
+               cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    steps = [int(line.split()[-1]) for line in done.stdout.splitlines() if "the first step with 0.9" in line]
+    assert len(steps) == 2 and 5 <= np.mean(steps) <= 12
+
+
 def test_first_command_of_the_readme(tmp_path):
     done = run("sample.py", "--lambda_s", 0.4, "--lambda_l", 0.8, "--K", 5, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
