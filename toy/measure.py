@@ -168,7 +168,7 @@ class SpriteBank:
 
     @staticmethod
     def open_parts(scene):
-        """-> cover (1, H, W), weights (H, W, 2) of the two colours. Where a face may be, nothing is covered."""
+        """-> cover (1, H, W), weights (H, W, 2) of the two colours. A place for a face is no cover."""
         middle = [(SIZE / 2, SIZE / 2)]
         u, v, _, cover, light = sprite_geometry(scene.shape, scene.radius, scene.angle, middle)
         second = pattern_cover(scene.look.pattern, u, v, scene.radius)

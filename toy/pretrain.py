@@ -8,10 +8,11 @@ Each stage keeps its state in --out (runs/pretrain). `export` writes the base fo
 are VideoCrafter2's, and so is the task: noise prediction with captions that drop out. Only CONFIG's numbers
 are small.
 
-Shapes: N pictures, B clips, T frames, L text tokens; pictures (N, 3, 64, 64), latents z (B, 4, T, 8, 8).
+Shapes: N pictures, B clips, T frames, L text tokens; pictures (N, 3, 128, 128), latents z (B, 4, T, 16, 16).
 """
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,32 +22,34 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from cli import BadInput, FlagParser, check_out, complete_or_absent, join_processes, run_script, this_process
+from cli import (BadInput, FlagParser, check_out, complete_or_absent, join_processes, only_writer, run_script,
+                 this_process)
 from config import BaseConfig, SamplingDefaults, TrainingDefaults, check_flags
 from files import base_files, build_part, fingerprint, save_base_config
 from model import (TRAIN_STEPS, VAE, Z_CHANNELS, NoiseSchedule, ScheduleConfig, TextConfig, Tokenizer,
                    UNetConfig, VAEConfig)
-from toy.world import SIZE, caption, draw_clip, random_look, random_scene
+from toy.world import SIZE, caption, draw_clip, random_scene
 
 FRAMES = 8
 # Standard deviation of the scaled latents. Large latents need more noise to hide which way a clip moves, so
 # the direction is decided earlier. The noise rises steeply at the end (`beta_end`). So the level where
 # sampling starts still shows little of a clip.
-LATENT_STD = 12
+LATENT_STD = 24
 CONFIG = BaseConfig(
     name="toy",
-    schedule=ScheduleConfig(beta_end=0.025),
+    schedule=ScheduleConfig(beta_end=0.03),
     text=TextConfig(width=64, heads=4, layers=2),
-    vae=VAEConfig(channels=16, channel_mult=(1, 2, 4, 4), num_res_blocks=1, norm_groups=4),
-    unet=UNetConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2),
+    vae=VAEConfig(channels=16, channel_mult=(1, 2, 4, 8), num_res_blocks=1, norm_groups=4),
+    unet=UNetConfig(channels=48, channel_mult=(1, 2, 2), num_res_blocks=1, attention_resolutions=(2, 4),
                     head_channels=16, context_dim=64, norm_groups=8),
-    sampling=SamplingDefaults(frames=FRAMES, height=SIZE, width=SIZE, fps=8, save_fps=8,
+    sampling=SamplingDefaults(frames=FRAMES, height=SIZE, width=SIZE, fps=8, save_fps=8, eta=0.0,
                               prompt="a V* {class word} moving left on the sea", cfg=2.5),
-    training=TrainingDefaults(rank=8, lr=1.5e-3, steps=500, batch_size=2, num_prior=16,
+    training=TrainingDefaults(rank=32, lr=1e-3, steps=500, batch_size=1, num_prior=16,
                               images="toy/subjects/berry", class_word="heart"))
 
 
@@ -54,14 +57,30 @@ def main():
     args = parse_args()
     process = this_process()
     join_processes(process)
-    args.out.mkdir(parents=True, exist_ok=True)
-    for stage, run_stage in STAGES.items():
-        if args.stage in ("all", stage):
-            run_stage(args, process)
-            if process.world > 1:
-                dist.barrier()  # the next stage reads what rank 0 wrote
+    args.autocast = torch.autocast(process.device.type, torch.bfloat16, fast_in_bfloat16(process.device))
+    with only_writer(args.out, process.rank):
+        for stage, run_stage in STAGES.items():
+            if args.stage in ("all", stage):
+                run_stage(args, process)
+                if process.world > 1:
+                    dist.barrier()  # the next stage reads what rank 0 wrote
     if process.world > 1:
         dist.destroy_process_group()
+
+
+def fast_in_bfloat16(device, size=1024):
+    """Whether a matrix product in bfloat16 takes less than two thirds of its time in float32.
+
+    Many processors know no bfloat16 and take longer. So the products are timed here.
+    """
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(size, size, device=device, dtype=dtype)
+        for _ in range(4):  # the last one counts
+            start = time.perf_counter()
+            (a @ a).sum().item()
+            seconds[dtype] = time.perf_counter() - start
+    return seconds[torch.bfloat16] < seconds[torch.float32] / 1.5
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -73,14 +92,14 @@ class SampledVAE(VAE):
 
     def forward(self, x):
         """x (N, 3, H, W) in [-1, 1] -> y like x; the latent's mean and log-variance (N, 4, H/8, W/8)."""
-        mean, logvar = self.moments(x)
+        mean, logvar = (moment.float() for moment in self.moments(x))
         z = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * torch.randn_like(mean)
-        return self.decode(z * self.latent_factor), mean, logvar
+        return self.decode(z * self.latent_factor).float(), mean, logvar
 
 
 def train_vae(args, process):
     """Reconstruction, and a weak pull of the latent's distribution towards N(0, 1), as in AutoencoderKL."""
-    batch, pool, kl_weight = 16, 12_000, 1e-6
+    batch, pool, kl_weight = 8, 8000, 1e-6
     torch.manual_seed(process.rank)  # noise of its own for each process; all start from rank 0's weights
     vae = SampledVAE(CONFIG.vae).to(process.device, memory_format=torch.channels_last)
     run = Run("vae", args.out, process, vae, lr=2e-3, steps=args.vae_steps)
@@ -93,21 +112,34 @@ def train_vae(args, process):
         x = scaled(pictures[chosen], process.device)
         if rng.random() < 0.5:
             x = x.flip(3)
-        y, mean, logvar = run.model(x.contiguous(memory_format=torch.channels_last))
+        with args.autocast:
+            y, mean, logvar = run.model(x.contiguous(memory_format=torch.channels_last))
         mse, l1 = F.mse_loss(y, x), F.l1_loss(y, x)
         kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)).mean()
-        run.optimize(4 * mse + 0.2 * l1 + kl_weight * kl, {"psnr": 10 * torch.log10(4 / mse), "kl": kl})
+        # Outlines come by themselves. Colours would take long. So three of the latent's four channels are led
+        # to the mean colours of 8x8 pixels, less and less, in the first three quarters of the training.
+        blurred = F.avg_pool2d(x, 8)
+        coarse, lead = F.mse_loss(F.avg_pool2d(y, 8), blurred), F.mse_loss(mean[:, :3], blurred)
+        lead_weight = 4 * max(0, 0.75 - run.step / run.steps)
+        loss = 4 * mse + 8 * coarse + 0.2 * l1 + lead_weight * lead + kl_weight * kl
+        run.optimize(loss, {"coarse": coarse, "lead": lead, "psnr": 10 * torch.log10(4 / mse), "kl": kl})
 
 
 def draw_pictures(count, seed):
-    """-> (N, 3, 64, 64) uint8: a third from the world, the others sprites of any look, size and turn."""
+    """-> (N, 3, H, W) uint8: a third from the world, the others sprites of any colours, size, turn and place.
+
+    Like VideoCrafter2's VAE it has to code pictures new to the UNet, such as a subject's look.
+    """
     rng = np.random.default_rng(seed)
     pictures = []
     for i in range(count):
         scene = random_scene(rng)
         if i % 3:
-            scene = replace(scene, look=random_look(rng), direction="", radius=rng.uniform(12, 24),
-                            angle=rng.uniform(-0.6, 0.6), start=tuple(rng.uniform(16, SIZE - 16, 2)))
+            look = replace(scene.look, colour=tuple(rng.uniform(0.05, 1, 3)))
+            if look.second:
+                look = replace(look, second=tuple(rng.uniform(0.05, 1, 3)))
+            scene = replace(scene, look=look, direction="", radius=rng.uniform(24, 48),
+                            angle=rng.uniform(-0.6, 0.6), start=tuple(rng.uniform(SIZE / 4, 3 * SIZE / 4, 2)))
         pictures.append(draw_clip(scene, frames=1, first=rng.integers(FRAMES))[0])
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
@@ -129,8 +161,8 @@ def draw_scenes(count):
 
 @torch.no_grad()
 def encode_clips(args, process):
-    """Draws --clips clips. Keeps their latents (B, T, 4, 8, 8), float16, and the factor that scales them."""
-    path, batch, start = args.out / "latents.safetensors", 32, time.time()
+    """Draws --clips clips. Keeps latents (B, T, 4, 16, 16), float16, and the factor that scales them."""
+    path, batch, start = args.out / "latents.safetensors", 16, time.time()
     if path.exists():
         return
     vae = load_average(build_part("vae", CONFIG), "vae", args)
@@ -138,10 +170,12 @@ def encode_clips(args, process):
     scenes, side = draw_scenes(args.clips), SIZE // CONFIG.vae.factor
     shape = (len(scenes), FRAMES, Z_CHANNELS, side, side)
     latents = torch.zeros(shape, dtype=torch.float16, device=process.device)
-    batches = range(0, len(scenes), batch)
+    batches, pool = range(0, len(scenes), batch), ThreadPoolExecutor()  # numpy draws clips side by side
     for n, first in enumerate(batches[process.rank::process.world]):
-        clips = np.concatenate([draw_clip(scene, FRAMES) for scene in scenes[first:first + batch]])
-        mean, _ = vae.moments(scaled(torch.from_numpy(clips).permute(0, 3, 1, 2), process.device))
+        clips = np.concatenate(list(pool.map(draw_clip, scenes[first:first + batch])))
+        x = scaled(torch.from_numpy(clips).permute(0, 3, 1, 2), process.device)
+        with args.autocast:
+            mean, _ = vae.moments(x.contiguous(memory_format=torch.channels_last))
         latents[first:first + batch] = mean.unflatten(0, (-1, FRAMES)).half()
         if n % 50 == 0 and process.rank == 0:
             print(f"latents {first}/{len(scenes)}  {time.time() - start:.0f} s", flush=True)
@@ -162,18 +196,20 @@ class NoisePredictor(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.unet, self.text_encoder = build_part("unet", CONFIG), build_part("text_encoder", CONFIG)
+        self.text_encoder, self.unet = build_part("text_encoder", CONFIG), build_part("unet", CONFIG)
 
     def forward(self, z_t, t, fps, tokens):
         """z_t (B, 4, T, h, w), t (B,), fps (B,), tokens (B, L) -> eps (B, 4, T, h, w)"""
-        return self.unet(z_t, t, fps, self.text_encoder(tokens))
+        # Of PyTorch's ways to attend, the plain product is the fastest where sequences are as short as here.
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.unet(z_t, t, fps, self.text_encoder(tokens))
 
 
 def train_unet(args, process):
     """Eq. 1 on single frames, which are 8 times cheaper; then on clips with a share of single frames."""
     torch.manual_seed(0)
     data = load_file(made_by("latents", args.out / "latents.safetensors"))
-    scenes, latents = draw_scenes(len(data["latents"])), data["latents"].float() * data["factor"]
+    scenes = draw_scenes(len(data["latents"]))
     schedule, tokenizer = NoiseSchedule(CONFIG.schedule), Tokenizer()
     network = NoisePredictor().to(process.device)
     network.eval()  # no dropout: there is more data than so small a network can learn by heart
@@ -186,10 +222,12 @@ def train_unet(args, process):
     weight = v_prediction_weight(schedule).to(process.device)
     while run.step < run.steps:
         single = run.step < args.image_steps or run.step % 8 == 0
-        *tensors, captions = draw_batch(scenes, latents, run.step, single)
+        *tensors, captions = draw_batch(scenes, data["latents"], data["factor"], run.step, single)
         z_0, t, fps, eps = (x[process.rank::process.world].to(process.device) for x in tensors)
         tokens = tokenizer(captions[process.rank::process.world]).to(process.device)
-        error = (run.model(schedule.add_noise(z_0, t, eps), t, fps, tokens) - eps).pow(2)
+        with args.autocast:
+            eps_predicted = run.model(schedule.add_noise(z_0, t, eps), t, fps, tokens)
+        error = (eps_predicted.float() - eps).pow(2)
         loss = (weight[t] * error.mean(dim=(1, 2, 3, 4))).mean()                    # Eq. 1, weighted
         run.optimize(loss, {"images" if single else "clips": loss})
 
@@ -202,17 +240,17 @@ def v_prediction_weight(schedule):
     bound is for the last levels, where nothing is left to see: they must not outweigh the rest.
     """
     signal = schedule.alpha_bar * (schedule.scale * LATENT_STD) ** 2
-    return (1 + (1 - schedule.alpha_bar) / signal).clamp(max=100)
+    return (1 + (1 - schedule.alpha_bar) / signal).clamp(max=200)
 
 
-def draw_batch(scenes, latents, step, single):
-    """-> z_0 (B, 4, T, 8, 8), t (B,), fps (B,), eps like z_0, and B captions. All follow from `step`.
+def draw_batch(scenes, latents, factor, step, single):
+    """-> z_0 (B, 4, T, 16, 16), t (B,), fps (B,), eps like z_0, and B captions. All follow from `step`.
 
     With `single`, T is 1, and the captions name no direction.
     """
     rng = np.random.default_rng((4, step))
-    chosen = rng.integers(len(scenes), size=64 if single else 16)
-    z_0 = latents[chosen].transpose(1, 2)
+    chosen = rng.integers(len(scenes), size=64 if single else 8)
+    z_0 = factor * latents[torch.from_numpy(chosen)].float().transpose(1, 2)
     if single:
         frame = torch.from_numpy(rng.integers(FRAMES, size=len(chosen)))
         z_0 = z_0[torch.arange(len(chosen)), :, frame][:, :, None]
@@ -363,12 +401,12 @@ def parse_args():
                    help="folder for the state of unfinished stages (default: %(default)s)")
     p.add_argument("--base", type=Path, default=Path("toy/base"),
                    help="folder that the base is written to (default: %(default)s)")
-    p.add_argument("--vae_steps", type=int, default=4400, help="steps of 16 pictures (default: %(default)s)")
-    p.add_argument("--image_steps", type=int, default=1000,
+    p.add_argument("--vae_steps", type=int, default=4500, help="steps of 8 pictures (default: %(default)s)")
+    p.add_argument("--image_steps", type=int, default=500,
                    help="first steps of the UNet, on 64 single frames each (default: %(default)s)")
-    p.add_argument("--clip_steps", type=int, default=8000,
-                   help="further steps of the UNet, on 16 clips each (default: %(default)s)")
-    p.add_argument("--clips", type=int, default=8000,
+    p.add_argument("--clip_steps", type=int, default=7000,
+                   help="further steps of the UNet, on 8 clips each (default: %(default)s)")
+    p.add_argument("--clips", type=int, default=3500,
                    help="clips that are drawn and encoded once (default: %(default)s)")
     args = p.parse_args()
     check_flags(args, {"vae_steps": (1, 10**7), "image_steps": (0, 10**7), "clip_steps": (0, 10**7),
