@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from cli import ROOT, BadInput, FlagParser, check_out, complete_or_absent, run_script, this_process
 from config import check_flags, load_config
 from paper.baselines import METHODS
-from runs import newest_save
+from runs import newest_save, publish, saves
 from video import slug
 
 
@@ -129,8 +129,8 @@ def add_evaluation(numbers, path):
 def train_subjects(args, trainings):
     """Name -> flags of train.py; each becomes a run under args.out. Returns name -> folder.
 
-    Each process takes one training at a time. A training that has its last save is not started again; one
-    that has an earlier save is resumed.
+    Each process takes one training at a time. A training that has its last save is not started again. A
+    training that has an earlier save is resumed.
     """
     process = this_process()
     folders = {name: args.out / "runs" / slug(name) for name in trainings}
@@ -145,7 +145,10 @@ def train_subjects(args, trainings):
         environment.pop("OMP_NUM_THREADS", None)  # a training on its own has all cores
     for name in list(trainings)[process.rank::process.world]:
         flags, folder = trainings[name], folders[name]
-        if not (folder / f"step-{flags['steps']:06d}").exists():
+        last_save = folder / f"step-{flags['steps']:06d}"
+        if last_save in saves(folder):
+            publish(last_save)  # the training may have been killed before
+        else:
             training_flags = []
             for flag, value in flags.items():
                 training_flags += [f"--{flag}"] if value is True else [f"--{flag}", value]
@@ -163,14 +166,29 @@ def command(what, *arguments, environment=None):
         raise BadInput(f"{what}: stopped, see above; the same command goes on with it")
 
 
-def print_row(name, numbers, first):
-    """Metric -> a number per clip, as a line of a Markdown table: means and standard errors."""
+def print_row(name, numbers, first, trainings=1):
+    """Metric -> a number per clip, as a line of a Markdown table: means and standard errors.
+
+    A number is None where a clip was not asked for it. With several `trainings`, each made an equal share of
+    the clips, one share after the other. Then the errors are over trainings.
+    """
     if first:
         clips = len(next(iter(numbers.values())))
-        print(f"| {clips} clips per row | " + " | ".join(numbers) + " |")
+        shared = f" by {trainings} trainings" if trainings > 1 else ""
+        print(f"| {clips} clips per row{shared} | " + " | ".join(numbers) + " |")
         print("|---" * (1 + len(numbers)) + "|")
-    cells = [f"{np.mean(x):.3f} ± {np.std(x) / len(x) ** 0.5:.3f}" for x in numbers.values()]
+    cells = [mean_and_error(values, trainings) for values in numbers.values()]
     print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def mean_and_error(values, trainings):
+    values = np.array([value for value in values if value is not None])
+    if not len(values):
+        return ""
+    error = values.std() / len(values) ** 0.5
+    if trainings > 1:
+        error = values.reshape(trainings, -1).mean(1).std(ddof=1) / trainings ** 0.5
+    return f"{values.mean():.3f} ± {error:.3f}"
 
 
 def parse_args():
