@@ -14,7 +14,7 @@ from makers import ROOT, random_subject, run
 from model import Tokenizer, pixels
 from paper.evaluate import consistency
 from toy import experiment
-from toy.experiment import OPPOSITE, Table, against, against_with_drift, draw_scenes
+from toy.experiment import OPPOSITE, Table, against_with_drift, draw_scenes
 from toy.measure import likeness, measure, pixel_features
 from toy.world import (COLOURS, DIRECTIONS, GROUNDS, PATTERNS, SHAPES, SIZE, SPEED, SUBJECTS, Look, Scene,
                        caption, colour_name, draw_clip, draw_photos, held_out, random_look, random_scene)
@@ -88,21 +88,17 @@ def test_committed_photos_are_what_the_script_draws(name):
 
 
 def test_measures_know_the_answer_of_drawn_clips():
-    rng = np.random.default_rng(3)
-    scenes = [random_scene(rng, unseen=i % 2 == 0) for i in range(50)]
-    rows = []
-    for scene in scenes:
-        seen = measure(draw_clip(scene), scene.fps)
-        rows.append(against(scene, seen, ("shape", "ground", "direction", "pattern", "colour")))
-        assert seen.broken == 0 and not seen.frozen
-        assert seen.colour_drift < 0.02 and seen.shape_drift < 0.1
-    for name in ("shape", "ground", "direction"):
-        assert np.mean([row[name] for row in rows]) >= 0.98, name
-    for name in ("pattern", "colour"):
+    rng, names = np.random.default_rng(3), ("shape", "ground", "direction", "pattern", "colour")
+    scenes = [random_scene(rng, unseen=i % 2 == 0) for i in range(30)]
+    rows = [against_with_drift(scene, draw_clip(scene), names) for scene in scenes]
+    for name in names:
         asked = [row[name] for row in rows if row[name] is not None]
-        assert len(asked) > 10 and np.mean(asked) >= 0.9, name
-    assert any(row["colour"] is None for row in rows)
+        assert len(asked) > 10 and np.mean(asked) >= 0.96, name
+    assert any(row["colour"] is None for row in rows)   # for a hue without a name
+    assert not any(row["frozen"] or row["broken"] for row in rows)
     assert np.allclose([row["distance"] for row in rows], 1, rtol=0.05)
+    assert np.mean([row["colour drift"] for row in rows]) < 0.02
+    assert np.mean([row["shape drift"] for row in rows]) < 0.06
 
 
 def test_measures_fail_on_noise_and_on_frozen_and_shuffled_clips():
@@ -139,7 +135,7 @@ def test_drift_is_seen_where_there_is_some():
 def test_likeness_is_one_for_the_subject_and_small_for_others():
     for name in SUBJECTS:
         photo = draw_photos(name)[:1]
-        assert likeness(photo, name) > 0.95
+        assert likeness(photo, name) > 0.9
         assert max(likeness(photo, other) for other in SUBJECTS if other != name) < 0.5
 
 
@@ -198,7 +194,8 @@ def test_an_interrupted_table_goes_on(tmp_path, drawn, base, capsys):
 def test_trainings_share_the_clips_of_a_row(tmp_path, drawn, base, capsys):
     """Two subjects take half of the clips each. The errors are over the two, not over the six clips."""
     scenes, asked = drawn
-    learned = [(replace(random_subject(base), class_word=SUBJECTS[name][0]), name) for name in ("berry", "bee")]
+    learned = [(replace(random_subject(base), class_word="heart"), "berry"),
+               (replace(random_subject(base), class_word="circle"), "bee")]
     table = Table(Namespace(clips=6, out=tmp_path), base, "claim")
     row = replace(experiment.PAPER_K5, lambdas="0.4*2,0.8*2")  # the tiny base takes 4 steps
     numbers = experiment.measure_row(table, row, learned)
@@ -230,30 +227,38 @@ def toy():
     return load_base(ROOT / "toy" / "base")
 
 
+@pytest.fixture(scope="module")
+def base_of_this_world(toy):
+    """The committed base, if it was trained on the world that toy/world.py draws."""
+    if toy.config.sampling.height != SIZE:
+        pytest.skip(f"toy/base was trained on clips of {toy.config.sampling.height} rows")
+    return toy
+
+
 def test_base_is_small_and_has_its_subject(toy):
-    assert sum(path.stat().st_size for path in (ROOT / "toy" / "base").iterdir()) <= 20e6
+    assert sum(path.stat().st_size for path in (ROOT / "toy" / "base").iterdir()) <= 32e6
     subject = load_subject(ROOT / "toy" / "subject.safetensors", toy)
     assert (subject.placeholder, subject.class_word) == ("V*", "heart")
 
 
 @torch.no_grad()
-def test_vae_codes_the_world_and_the_subjects(toy):
-    rng = np.random.default_rng(3)
+def test_vae_codes_the_world_and_the_subjects(base_of_this_world):
+    rng, vae = np.random.default_rng(3), base_of_this_world.vae
     world = np.concatenate([draw_clip(random_scene(rng), 1) for _ in range(32)])
     photos = np.concatenate([draw_photos(name) for name in SUBJECTS])
-    for pictures, decibels in ((world, 28), (photos, 25)):
+    for pictures, decibels in ((world, 30), (photos, 28)):
         x = pixels(pictures)
-        mse = (toy.vae.decode(toy.vae.encode(x)).clamp(-1, 1) - x).pow(2).mean()
+        mse = (vae.decode(vae.encode(x)).clamp(-1, 1) - x).pow(2).mean()
         assert 10 * torch.log10(4 / mse) > decibels
 
 
 @torch.no_grad()
-def test_unet_has_learned_what_captions_say(toy):
+def test_unet_has_learned_what_captions_say(base_of_this_world):
     """Noise is predicted best with a clip's own caption.
 
-    Another direction, ground, colour or shape in the caption makes the loss larger.
+    Another direction, ground, shape, colour or pattern in the caption makes the loss larger.
     """
-    rng = np.random.default_rng(4)
+    rng, toy = np.random.default_rng(4), base_of_this_world
     scenes = [random_scene(rng, unseen=i % 2 == 0) for i in range(24)]
     x = pixels(np.concatenate([draw_clip(scene) for scene in scenes]))
     z_0 = toy.vae.encode(x).unflatten(0, (-1, 8)).transpose(1, 2)
@@ -265,18 +270,23 @@ def test_unet_has_learned_what_captions_say(toy):
         context = toy.text_encoder(Tokenizer()([caption(scene) for scene in scenes]))
         return (toy.unet(z_t, t, fps, context) - eps).pow(2).mean().item()
 
-    def loss_with_other(name, other):
-        return loss([replace(scene, **{name: other[getattr(scene, name)]}) for scene in scenes])
-
     def next_of(words):
         words = list(words)
         return dict(zip(words, words[1:] + words[:1]))
 
+    def other_colour(look):
+        name = colour_name(look.colour)
+        return replace(look, colour=COLOURS[next_of(COLOURS)[name]]) if name else look
+
+    def other_pattern(look):
+        return replace(look, pattern=next_of(PATTERNS[1:])[look.pattern]) if look.second else look
+
     right = loss(scenes)
-    assert loss_with_other("direction", OPPOSITE) > right
-    assert loss_with_other("ground", next_of(GROUNDS)) > right
-    assert loss_with_other("colour", next_of(COLOURS)) > right
-    assert loss_with_other("shape", next_of(SHAPES)) > right
+    assert loss([replace(scene, direction=OPPOSITE[scene.direction]) for scene in scenes]) > right
+    assert loss([replace(scene, ground=next_of(GROUNDS)[scene.ground]) for scene in scenes]) > right
+    assert loss([replace(scene, shape=next_of(SHAPES)[scene.shape]) for scene in scenes]) > right
+    assert loss([replace(scene, look=other_colour(scene.look)) for scene in scenes]) > right
+    assert loss([replace(scene, look=other_pattern(scene.look)) for scene in scenes]) > right
 
 
 def test_process_finds_the_step_at_which_motion_is_decided(tmp_path):
