@@ -10,7 +10,7 @@ from PIL import Image
 
 from cli import BadInput, only_writer
 from files import load_base, load_subject
-from makers import ROOT, random_subject, run
+from makers import ROOT, random_subject, run, write_base
 from model import Tokenizer, pixels
 from paper.evaluate import consistency
 from toy import experiment
@@ -213,6 +213,8 @@ def test_doors_of_the_experiments(tmp_path):
         done = run("toy/experiment.py", *flags, "--out", tmp_path / "out", cwd=tmp_path)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr
         assert len(done.stderr.splitlines()) == 1
+    done = run("toy/experiment.py", "base", "--base", write_base(tmp_path / "tiny"), cwd=tmp_path)
+    assert done.returncode == 2 and "makes clips of 32x48 pixels" in done.stderr
     with only_writer(tmp_path / "out"):
         done = run("toy/experiment.py", "base", "--out", tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 2 and "another run is writing there" in done.stderr

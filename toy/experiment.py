@@ -41,7 +41,7 @@ from paper.evaluate import consistency
 from paper.protocol import PAPER, ROWS, Row, print_row, train_subjects
 from sample import ddim_steps, generate, parse_lambdas
 from toy.measure import likeness, measure, pixel_features, psnr, through_vae
-from toy.world import (DIRECTIONS, GROUNDS, SPEED, SUBJECTS, Look, caption, colour_name, draw_clip,
+from toy.world import (DIRECTIONS, GROUNDS, SIZE, SPEED, SUBJECTS, Look, caption, colour_name, draw_clip,
                        draw_photos, random_scene)
 from video import labelled, slug
 
@@ -97,9 +97,19 @@ def main():
     process = this_process()
     join_processes(process, backend="gloo")
     with only_writer(args.out, process.rank):
-        EXPERIMENTS[args.what].run(args, load_base(args.base, process.device))
+        EXPERIMENTS[args.what].run(args, load_world_base(args.base, process.device))
     if process.world > 1:
         dist.destroy_process_group()
+
+
+def load_world_base(folder, device):
+    """As `load_base`, of a base whose clips have the world's size. Raises BadInput."""
+    base = load_base(folder, device)
+    height, width = base.config.sampling.height, base.config.sampling.width
+    if (height, width) != (SIZE, SIZE):
+        raise BadInput(f"--base {folder}: makes clips of {height}x{width} pixels, and what is measured here "
+                       f"are drawn clips of {SIZE}x{SIZE}; name a base of toy/pretrain.py")
+    return base
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -171,9 +181,6 @@ def measure_schedules(args, base):
 def measure_learned(args, base, title, rows):
     """Each of `rows` over all trainings of the claim, or over --subject alone -> list of (subject, name)."""
     trainings = {} if args.subject else claim_trainings()
-    if trainings and args.clips % len(trainings):
-        raise BadInput(f"--clips {args.clips}: should be a multiple of {len(trainings)}, since as many "
-                       f"trainings share a row's clips equally")
     if this_process().rank == 0:
         print_estimate(args, base, trainings, rows)
     folders = train_subjects(args, trainings)
@@ -554,6 +561,10 @@ def parse_args():
     check_flags(args, {"clips": (1, 100_000)})
     check_out(args.out)
     args.clips = args.clips or EXPERIMENTS[args.what].clips
+    shares = len(claim_trainings())
+    if args.what in ("claim", "schedules") and not args.subject and args.clips % shares:
+        raise BadInput(f"--clips {args.clips}: should be a multiple of {shares}, since as many trainings "
+                       f"share a row's clips equally")
     return args
 
 
