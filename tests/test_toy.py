@@ -128,6 +128,9 @@ def test_an_interrupted_table_goes_on(tmp_path, monkeypatch, toy):
     assert Image.open(tmp_path / "x.png").size == (2 * 8 * 64, 2 * (64 + 14))
     with pytest.raises(BadInput, match="other settings"):
         Table(Namespace(clips=7, out=tmp_path), toy, "x")
+    (tmp_path / "x.png").unlink()   # what is missing is made again
+    Table(Namespace(clips=6, out=tmp_path), toy, "x").fill("one", captions, judge)
+    assert asked == 3 * captions and (tmp_path / "x.png").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------

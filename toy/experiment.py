@@ -24,19 +24,19 @@ from pathlib import Path
 from typing import Callable
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from cli import (ROOT, BadInput, FlagParser, check_out, complete_or_absent, join_processes, only_writer,
-                 run_script, this_process)
+from cli import (ROOT, BadInput, FlagParser, Progress, check_out, complete_or_absent, join_processes,
+                 only_writer, run_script, this_process)
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from config import check_flags, parse_lambdas
 from files import load_base, load_subject, subject_fingerprint
 from model import Tokenizer
 from paper.evaluate import consistency
 from paper.protocol import PAPER, ROWS, Row, print_row, train_subjects
+from runs import saves
 from sample import ddim_steps, generate
 from toy.measure import class_or_subject, likeness, measure, pixel_features, psnr, through_vae
 from toy.world import DIRECTIONS, GROUNDS, SPEED, SUBJECTS, caption, draw_clip, draw_photos, random_scene
@@ -252,14 +252,14 @@ class Line:
 
 def measure_saves(args, base, title, folders, rows):
     """A row for every save of every training and each of `rows`. Returns a Line for each of `rows`."""
-    saves = {}
+    learned = {}
     for training, folder in folders.items():
-        paths = sorted(folder.glob("step-*/subject.safetensors"))
-        saves[training] = [load_known_subject(path, base) for path in paths]
-    last = {training: subject_fingerprint(known[-1][0]) for training, known in saves.items()}
+        paths = [save / "subject.safetensors" for save in saves(folder)]
+        learned[training] = [load_known_subject(path, base) for path in paths]
+    last = {training: subject_fingerprint(known[-1][0]) for training, known in learned.items()}
     table = Table(args, base, title, {"subjects": last})
     lines = [Line(row.name) for row in rows]
-    for training, known in saves.items():
+    for training, known in learned.items():
         for subject, name in known:
             for row, line in zip(rows, lines):
                 named = replace(row, name=f"{training}, {subject.steps} steps, {row.name}")
@@ -287,7 +287,8 @@ class Table:
             if found.get("settings") != self.settings:
                 raise BadInput(f"--out {args.out}: {self.path.name} in it has other settings "
                                f"({found.get('settings')}); name another folder")
-            self.rows = found["rows"]
+            if self.path.with_suffix(".png").exists():  # if not, the rows' clips are made again
+                self.rows = found["rows"]
 
     def fill(self, name, prompts, judge, examples=2, sample=None):
         """Samples every prompt, clip n from seed n, and judges the clips -> metric -> a number per clip.
@@ -312,7 +313,7 @@ class Table:
         mine = range(self.process.rank, len(prompts), self.process.world)
         batches = [mine[i:i + BATCH] for i in range(0, len(mine), BATCH)]
         judged, shown = {}, {}
-        for batch in tqdm(batches, desc=name, unit=f"{BATCH} clips", disable=self.process.rank > 0):
+        for batch in Progress(batches, desc=name, unit=f"{BATCH} clips", disable=self.process.rank > 0):
             for n, clip in zip(batch, sample(self.base, prompts, batch)):
                 judged[n] = {metric: float(value) for metric, value in judge(n, clip).items()}
                 if n < examples:
