@@ -3,7 +3,7 @@ left.
 
     python tests/stress.py               # 60 kills, a few minutes on 2 cores; the tests do a few
     python tests/stress.py --kills 600 --seed 1
-    python tests/stress.py --windows     # a kill before each change of a folder: 183, 5 minutes
+    python tests/stress.py --windows     # a kill before each change of a folder: 187, 3 minutes
 
 The jobs are: converting, training on one process and on two, sampling, and making the class prior. A job is
 killed a few times. After each kill its folder is checked. Then the job runs to its end, and has to leave what
