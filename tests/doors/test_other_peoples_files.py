@@ -120,6 +120,12 @@ def protocol_without_commands():
     protocol.main()
 
 
+def pretrain_small():
+    draw = pretrain.draw_pictures
+    pretrain.draw_pictures = lambda count, seed: draw(16, seed)
+    pretrain.main()
+
+
 TRAIN = ("--base base --images photos --class_word dog --steps 3 --save_every 1 --preview_every 2 "
          "--keep_last 1")
 SAMPLE = "--base base --steps 2 --K 1 --seed 5"
@@ -161,8 +167,11 @@ RUNS = [    # script, flags, exit code
     (protocol_without_commands, "--base base --subjects runs --out .", 0),
     (protocol_without_commands, "--base another\0model --subjects runs --out .", 2),
     (protocol_without_commands, "--base base --subjects empty\0folder --out .", 2),
+    (experiment.main, "base --clips 1 --out empty\0folder", 0),
+    (experiment.main, "base --clips 1 --out .", 2),     # a base.json of another's is there
     (experiment.main, "base --base another\0model --out .", 2),
     (experiment.main, "claim --subject subject.safetensors.bak --out .", 2),
+    (pretrain_small, "--vae_steps 1 --image_steps 1 --clip_steps 1 --clips 2 --out . --base trained", 0),
     (pretrain.main, "--stage latents --out . --base base", 2),
     (pretrain.main, "--stage unet --out . --base base", 2),
     (pretrain.main, "--stage export --out . --base another\0model", 2)]
