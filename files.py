@@ -340,6 +340,9 @@ def read_facts(path, facts):
     return subject
 
 
+SAVE_NAME = "step-([0-9]{6,18})"     # of a folder in a run's (runs.py)
+
+
 def find_subjects(given, base_fingerprint):
     """--subject -> paths: those given, else the newest of this base under runs/, else the committed one."""
     if given:
@@ -347,7 +350,7 @@ def find_subjects(given, base_fingerprint):
             raise BadInput("--subject none: means no subject; leave it out, or the others")
         paths = [Path(path) for path in given if path != "none"]
         return [path / "subject.safetensors" if path.is_dir() else path for path in paths]
-    is_save = re.compile(r"(\.tmp-.*)?step-\d{6,18}").fullmatch
+    is_save = re.compile(rf"(\.tmp-.*)?{SAVE_NAME}").fullmatch
     found = [path for path in Path("runs").rglob("subject.safetensors") if not is_save(path.parent.name)]
     trained, newer = sorted(found, key=lambda path: path.stat().st_mtime), []
     for path in [*reversed(trained), as_typed(ROOT / "toy" / "subject.safetensors")]:

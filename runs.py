@@ -26,7 +26,7 @@ from safetensors.torch import load
 
 from cli import (BadInput, Busy, Progress, check_out, check_regular, complete_or_absent, one_line,
                  only_writer, peak_memory, read_bytes, read_json, temporary_for, warn)
-from files import check_tensors, check_values, file_crc32, save_subject, subject_tensors
+from files import SAVE_NAME, check_tensors, check_values, file_crc32, save_subject, subject_tensors
 from video import check_ffmpeg, facts_beside, labelled, slug, write_mp4
 
 
@@ -113,7 +113,7 @@ def saves(out):
 
 def step_named(path):
     """The step in a save's name; 0 for any other name."""
-    name = re.fullmatch("step-([0-9]{6,18})", path.name)
+    name = re.fullmatch(SAVE_NAME, path.name)
     return int(name[1]) if name else 0
 
 
@@ -315,7 +315,7 @@ def check_settings(save, before, now, rank):
     former = "base" not in before
     if former and rank == 0:
         warn(f"{save}: is from a former version and does not record its base, photos, captions and "
-              f"prior; they are taken to be the same")
+             f"prior; they are taken to be the same")
     flags = {"clips_a_step": "batch_size times --grad_accum times processes"}
     before = {"no_flip": False} | before    # former versions always mirrored
     for name, value in now.items():

@@ -14,8 +14,8 @@ latents z (B, 4, T, h, w), 8 times smaller than pixels.
 from dataclasses import replace
 from pathlib import Path
 
-from cli import (BadInput, FlagParser, Progress, check_out, join_processes, pick_precision, run_script,
-                 stop_signals, this_process)
+from cli import (BadInput, FlagParser, Progress, check_out, join_processes, leave_processes, pick_precision,
+                 run_script, stop_signals, this_process)
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -175,8 +175,7 @@ def main():
 
     if process.rank == 0:
         say_how_it_ended(out, subject, settings.steps)
-    if process.world > 1:
-        dist.destroy_process_group()
+    leave_processes(process)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -102,6 +102,11 @@ def endings(args):
     return [f".{ending}" for ending in args.format] + pictures
 
 
+def with_ending(path, ending):
+    """FOLDER/STEM -> FOLDER/STEM.gif or STEM-frames.png."""
+    return path.with_name(f"{path.name}{ending}")
+
+
 def free_path(folder, stem, facts, endings):
     """FOLDER/STEM, or STEM-2 ..., for a video that is made as `facts` says; None if all its files are there.
 
@@ -109,9 +114,9 @@ def free_path(folder, stem, facts, endings):
     has as many bytes as its JSON says, so not where it was cut since.
     """
     for path in [folder / stem, *(folder / f"{stem}-{i}" for i in range(2, 10_000))]:
-        facts_path = path.with_name(f"{path.name}.json")
+        facts_path = with_ending(path, ".json")
         found = facts_beside(facts_path)
-        files = [path.with_name(f"{path.name}{ending}") for ending in endings]
+        files = [with_ending(path, ending) for ending in endings]
         if found is None and not any(map(os.path.lexists, [facts_path, *files])):
             return path
         if found and {key: found.get(key) for key in facts} == facts:
@@ -146,7 +151,7 @@ def save_video(path, video, formats, fps, facts, pictures):
     written = []
 
     def file(ending):
-        written.append(path.with_name(f"{path.name}{ending}"))
+        written.append(with_ending(path, ending))
         return complete_or_absent(written[-1])
 
     for ending in sorted(formats):  # the gif first: it stays if ffmpeg fails
@@ -160,7 +165,7 @@ def save_video(path, video, formats, fps, facts, pictures):
     for name, picture in pictures.items():
         with file(f"-{name}.png") as temporary:
             picture.save(temporary)
-    sizes = recorded_sizes(facts_beside(path.with_name(f"{path.name}.json")) or {})
+    sizes = recorded_sizes(facts_beside(with_ending(path, ".json")) or {})
     with file(".json") as temporary:
         facts = facts | {"bytes": sizes | {file.name: file.stat().st_size for file in written[:-1]}}
         temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

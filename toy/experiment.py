@@ -25,7 +25,7 @@ from typing import Callable
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from cli import (ROOT, BadInput, FlagParser, Progress, check_out, complete_or_absent, join_processes,
-                 only_writer, run_script, this_process)
+                 leave_processes, only_writer, run_script, this_process)
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -98,8 +98,7 @@ def main():
     join_processes(process, backend="gloo")
     with only_writer(args.out, process.rank):
         EXPERIMENTS[args.what].run(args, load_base(args.base, process.device))
-    if process.world > 1:
-        dist.destroy_process_group()
+    leave_processes(process)
 
 
 # ------------------------------------------------------------------------------------------------------------

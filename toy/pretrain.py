@@ -16,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from cli import BadInput, FlagParser, check_out, complete_or_absent, join_processes, run_script, this_process
+from cli import (BadInput, FlagParser, check_out, complete_or_absent, join_processes, leave_processes,
+                 run_script, this_process)
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -60,8 +61,7 @@ def main():
             run_stage(args, process)
             if process.world > 1:
                 dist.barrier()  # the next stage reads what rank 0 wrote
-    if process.world > 1:
-        dist.destroy_process_group()
+    leave_processes(process)
 
 
 # ------------------------------------------------------------------------------------------------------------
