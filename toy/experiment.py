@@ -1,16 +1,18 @@
 """Measures the embedded base, and the paper's claim on it, where the truth is known to the pixel.
 
-    python toy/experiment.py base      # does the base show what captions say? Half of the scenes are held out
-    python toy/experiment.py decided   # at which sampling step is the direction of motion decided?
-    python toy/experiment.py claim     # a subject at constant lambda, with the paper's schedule, with others
-    python toy/experiment.py steps     # the same against training steps
-    python toy/experiment.py sweep     # the same for other ranks, learning rates and priors
-    python toy/experiment.py           # methods: the rows of the paper's Tables 1 and 2, on three subjects
+    python toy/experiment.py base       # does the base show what captions say? Half is held out
+    python toy/experiment.py decided    # at which sampling step is the direction of motion decided?
+    python toy/experiment.py claim      # three subjects, each learned twice: constant lambda, the schedule
+    python toy/experiment.py schedules  # the same subjects with other schedules
+    python toy/experiment.py steps      # one of them against training steps
+    python toy/experiment.py sweep      # one of them with other ranks, learning rates and priors
+    python toy/experiment.py            # methods: the rows of the paper's Tables 1 and 2, on three subjects
 
 Each trains what it needs, prints a table, and writes the table with a picture into --out. Numbers are means
-over clips, with standard errors. Clip n of every row has the same prompt and the same seed. What is there
-already is not made again. `torchrun --nproc_per_node 2 toy/experiment.py ...` shares the work between
-processes, which is faster on CPU cores too. The paper's own protocol is paper/protocol.py.
+with standard errors: over clips, or over trainings where several share a row. Clip n of every row has the
+same seed, and its prompt asks for the same motion on the same ground. What is there already and whole is not
+made again. `torchrun --nproc_per_node 2 toy/experiment.py ...` shares the work
+between processes, which is faster on CPU cores too. The paper's own protocol is paper/protocol.py.
 
 Shapes: B clips, T frames; clips (B, T, H, W, 3) uint8.
 """
@@ -18,10 +20,9 @@ import copy
 import itertools
 import json
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Callable
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from cli import (ROOT, BadInput, FlagParser, Progress, check_out, complete_or_absent, join_processes,
@@ -29,7 +30,7 @@ from cli import (ROOT, BadInput, FlagParser, Progress, check_out, complete_or_ab
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from config import check_flags, parse_lambdas
 from files import load_base, load_subject, subject_fingerprint
@@ -38,9 +39,10 @@ from paper.evaluate import consistency
 from paper.protocol import PAPER, ROWS, Row, print_row, train_subjects
 from runs import saves
 from sample import ddim_steps, generate
-from toy.measure import class_or_subject, likeness, measure, pixel_features, psnr, through_vae
-from toy.world import DIRECTIONS, GROUNDS, SPEED, SUBJECTS, caption, draw_clip, draw_photos, random_scene
-from video import facts_beside, labelled
+from toy.measure import likeness, measure, pixel_features, psnr, through_vae
+from toy.world import (DIRECTIONS, GROUNDS, SIZE, SPEED, SUBJECTS, Look, Scene, caption, colour_name,
+                       draw_clip, draw_photos, random_scene)
+from video import facts_beside, labelled, slug
 
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 BATCH = 16  # clips sampled at once
@@ -51,37 +53,34 @@ CONSTANT_08 = Row("constant 0.8", lambdas="0.8*50")
 CONSTANT_04 = Row("constant 0.4", lambdas="0.4*50")
 PAPER_K5 = Row("0.4 then 0.8, K = 5 (paper)", lambdas=PAPER)
 K10 = Row("0.4 then 0.8, K = 10", lambdas="0.4*10,0.8*40")
+CLAIM = [CLASS_WORD, CONSTANT_08, CONSTANT_04, PAPER_K5, K10]
 SCHEDULES = [
     Row("constant 1.0", lambdas="1*50"),
-    CONSTANT_08,
-    CONSTANT_04,
-    PAPER_K5,
     Row("0.4 then 0.8, K = 2", lambdas="0.4*2,0.8*48"),
-    K10,
     Row("0.4 then 0.8, K = 20", lambdas="0.4*20,0.8*30"),
     Row("0.0 then 0.8, K = 5", lambdas="0*5,0.8*45"),
     Row("0.2 then 0.8, K = 5", lambdas="0.2*5,0.8*45"),
     Row("0.6 then 0.8, K = 5", lambdas="0.6*5,0.8*45"),
     Row("0.4, a ramp over 10, 0.8", lambdas="0.4*5,0.4>0.8*10,0.8*35")]
 
-# Trainings: name -> flags of train.py. The paper trains for long, at a low rate. In 500 steps this base
-# learns a subject's shape and main colour only.
-LONG = {"long": {"rank": 32, "lr": 0.001, "steps": 3000, "save_every": 500, "keep_last": 6}}
-# Each changes one setting of the first. The base's defaults are what this table found.
-SHORT = {"steps": 500, "save_every": 500, "rank": 8, "lr": 0.003}
-SWEEP = {
-    "rank 8, lr 0.003": SHORT,
-    "rank 2": SHORT | {"rank": 2},
-    "rank 32": SHORT | {"rank": 32},
-    "lr 0.0015": SHORT | {"lr": 0.0015},
-    "lr 0.006": SHORT | {"lr": 0.006},
+# Trainings: name -> flags of train.py; the base's config.json has the others. The claim trains for longer
+# than the default, as the paper does.
+LONG = {"steps": 3000, "save_every": 500, "keep_last": 6}
+THREE, TWICE = ("berry", "ember", "bee"), (0, 1)    # subjects, and the seeds that each is learned with
+SHORT = {"steps": 500}
+SWEEP = {   # each changes one setting of the first
+    "rank 32, lr 0.001": SHORT,
+    "rank 8": SHORT | {"rank": 8},
+    "rank 128": SHORT | {"rank": 128},
+    "lr 0.0005": SHORT | {"lr": 0.0005},
+    "lr 0.002": SHORT | {"lr": 0.002},
     "moving prior": SHORT | {"prior_motion": True},
     "no prior": SHORT | {"alpha": 0}}
-# For the rows of the paper's tables. Learning rates are the published ones times 50, as this base's own
-# rate is 50 times the paper's. All train for 500 steps, except "longer": twice as long, since the paper does
+# For the rows of the paper's tables. Learning rates are the published ones times 33, as this base's own
+# rate is 33 times the paper's. All train for 500 steps, except "longer": twice as long, since the paper does
 # not say how long. In this order two processes share the work evenly.
-CUSTOM_DIFFUSION = {"method": "custom_diffusion", "lr": 4e-3}
-DREAMVIDEO = {"method": "dreamvideo", "word_lr": 5e-3, "lr": 5e-4}
+CUSTOM_DIFFUSION = {"method": "custom_diffusion", "lr": 2.7e-3}
+DREAMVIDEO = {"method": "dreamvideo", "word_lr": 3.3e-3, "lr": 3.3e-4}
 TRAININGS = {
     "Custom Diffusion": CUSTOM_DIFFUSION | {"steps": 500},
     "Custom Diffusion, longer": CUSTOM_DIFFUSION | {"steps": 1000},
@@ -89,7 +88,6 @@ TRAININGS = {
     "DreamVideo": DREAMVIDEO | {"steps": 500, "word_steps": 375},
     "cross": {"targets": "cross", "steps": 500},
     "all": {"steps": 500}}
-THREE = ("berry", "ember", "bee")
 
 
 def main():
@@ -97,8 +95,19 @@ def main():
     process = this_process()
     join_processes(process, backend="gloo")
     with only_writer(args.out, process.rank):
-        EXPERIMENTS[args.what].run(args, load_base(args.base, process.device))
+        measure_what, _ = EXPERIMENTS[args.what]
+        measure_what(args, load_world_base(args.base, process.device, args.precision))
     leave_processes(process)
+
+
+def load_world_base(folder, device, precision):
+    """As `load_base`, of a base whose clips have the world's size. Raises BadInput."""
+    base = load_base(folder, device, getattr(torch, precision))
+    height, width = base.config.sampling.height, base.config.sampling.width
+    if (height, width) != (SIZE, SIZE):
+        raise BadInput(f"--base {folder}: makes clips of {height}x{width} pixels, and what is measured here "
+                       f"are clips of {SIZE}x{SIZE}; name a base of toy/pretrain.py")
+    return base
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -106,22 +115,37 @@ def main():
 
 
 def measure_base(args, base):
-    """Clips of scenes never trained on, at default settings, against their captions. Also the VAE's error."""
+    """Clips of scenes never trained on, at default settings, against their captions. Also the VAE's error.
+
+    Once more with captions that leave the look open: it may be any, and has to stay the same in a clip. The
+    world's own clips after the VAE say what a perfect UNet would reach.
+    """
     scenes, table = draw_scenes(args.clips), Table(args, base, "base")
+    vague = [replace(scene, look=Look((0.5, 0.5, 0.5))) for scene in scenes]  # grey has no name
+    names = ("direction", "shape", "ground", "pattern", "colour")
 
     def judge(i, clip):
-        seen = measure(clip, scenes[i].fps)
-        numbers = against(scenes[i], seen, ("direction", "colour", "shape", "ground"))
-        return numbers | {"VAE world dB": psnr(base, draw_clip(scenes[i], 1)[0])}
+        return against_with_drift(scenes[i], clip, names)
 
-    table.fill("base", [caption(scene) for scene in scenes], judge, examples=12)
+    def judge_vague(i, clip):  # of pattern and colour its captions ask nothing
+        return against_with_drift(vague[i], clip, names)
+
+    def decoded(base, prompts, which):
+        return np.stack([through_vae(base, draw_clip(scenes[i])) for i in which])
+
+    captions = [caption(scene) for scene in scenes]
+    table.fill("base", captions, judge, examples=range(12))
+    table.fill("base, look left open", [caption(scene) for scene in vague], judge_vague, examples=range(12))
+    table.fill("the world's own, after the VAE", captions, judge, sample=decoded)
     if table.process.rank == 0:
+        world = [draw_clip(scene, 1)[0] for scene in scenes]
         photos = np.concatenate([draw_photos(name) for name in SUBJECTS])
-        print(f"VAE on the subjects' photos: {np.mean([psnr(base, photo) for photo in photos]):.1f} dB")
+        for name, pictures in (("the world", world), ("the subjects' photos", photos)):
+            print(f"VAE on {name}: {np.mean([psnr(base, picture) for picture in pictures]):.1f} dB")
 
 
 def measure_decision(args, base):
-    """After k steps the motion word becomes its opposite. Motion is decided where the first word wins."""
+    """After k steps the motion word becomes its opposite. Where the first wins, it was decided by then."""
     scenes, table = draw_scenes(args.clips), Table(args, base, "decided")
     prompts = [caption(scene) for scene in scenes]
     later_prompts = [caption(replace(scene, direction=OPPOSITE[scene.direction])) for scene in scenes]
@@ -136,25 +160,52 @@ def measure_decision(args, base):
 
 
 def measure_claim(args, base):
-    """Motion, composition and likeness of a learned subject at every schedule, and of the base."""
-    path = args.subject or train_subjects(args, LONG)["long"] / "subject.safetensors"
-    subject, name = load_known_subject(path, base)
-    table = Table(args, base, f"claim-{name}", {"subject": subject_fingerprint(subject)})
-    for row in (CLASS_WORD, *SCHEDULES):
-        measure_row(table, row, subject, name)
-    if table.process.rank == 0:
+    """Motion, composition and likeness of learned subjects with the paper's schedule and without it."""
+    learned = measure_learned(args, base, "claim", CLAIM)
+    if this_process().rank > 0:
+        return
+    for name in dict.fromkeys(name for _, name in learned):
         photos = draw_photos(name)
         of_photos = np.mean([likeness(photo[None], name) for photo in photos])
-        after_vae = np.mean([likeness(through_vae(base, photo)[None], name) for photo in photos])
-        print(f"likeness of the photos themselves: {of_photos:.3f}, after the VAE: {after_vae:.3f}")
+        after_vae = np.mean([likeness(photo[None], name) for photo in through_vae(base, photos)])
+        print(f"likeness of {name}'s photos themselves: {of_photos:.3f}, after the VAE: {after_vae:.3f}")
+
+
+def measure_schedules(args, base):
+    """The subjects of the claim with other schedules."""
+    measure_learned(args, base, "schedules", SCHEDULES)
+
+
+def measure_learned(args, base, title, rows):
+    """Each of `rows` over all trainings of the claim, or over --subject alone -> list of (subject, name)."""
+    trainings = {} if args.subject else claim_trainings()
+    folders = train_subjects(args, trainings)
+    paths = [folder / "subject.safetensors" for folder in folders.values()] or [args.subject]
+    learned = [load_known_subject(path, base) for path in paths]
+    table = Table(args, base, title, {"subjects": [subject_fingerprint(subject) for subject, _ in learned]})
+    for row in rows:
+        measure_row(table, row, learned)
+    return learned
+
+
+def claim_trainings():
+    """Every subject of THREE, learned with every seed of TWICE: name -> flags of train.py."""
+    trainings = {}
+    for name, seed in itertools.product(THREE, TWICE):
+        trainings[f"{name} seed {seed}"] = LONG | photos_of(name) | {"seed": seed}
+    return trainings
+
+
+def photos_of(name):
+    """The flags of train.py that name a subject."""
+    return {"images": ROOT / "toy" / "subjects" / name, "class_word": SUBJECTS[name][0]}
 
 
 def measure_steps(args, base):
-    """Constant lambda and two schedules on every save of a long training."""
-    rows = [CONSTANT_08, CONSTANT_04, PAPER_K5, K10]
-    lines = measure_saves(args, base, "steps", train_subjects(args, LONG), rows)
-    if this_process().rank == 0:
-        plot(args.out / "steps-plot.png", lines, ("direction", "distance", "frozen", "likeness"))
+    """Constant lambda and two schedules on every save of one training of the claim."""
+    name, flags = next(iter(claim_trainings().items()))
+    measure_saves(args, base, "steps", train_subjects(args, {name: flags}),
+                  [CONSTANT_08, CONSTANT_04, PAPER_K5, K10])
 
 
 def measure_sweep(args, base):
@@ -166,9 +217,8 @@ def measure_methods(args, base):
     """Every method on three subjects, and last a table over the clips of all three."""
     trainings = {}
     for name in THREE:
-        photos = {"images": ROOT / "toy" / "subjects" / name, "class_word": SUBJECTS[name][0]}
         for training, flags in TRAININGS.items():
-            trainings[f"{name} {training}"] = flags | photos
+            trainings[f"{name} {training}"] = flags | photos_of(name)
     folders = train_subjects(args, trainings)
 
     together = [{} for _ in ROWS]
@@ -181,7 +231,7 @@ def measure_methods(args, base):
         table = Table(args, base, f"methods-{name}", {"subjects": fingerprints})
         for row, numbers in zip(ROWS, together):
             subject = learned[row.training or "all"]  # the base alone takes the class word only
-            for metric, values in measure_row(table, row, subject, name).items():
+            for metric, values in measure_row(table, row, [(subject, name)]).items():
                 numbers.setdefault(metric, []).extend(values)
     if this_process().rank == 0:
         print(f"all {len(THREE)} subjects:")
@@ -194,77 +244,86 @@ def measure_methods(args, base):
 
 
 def draw_scenes(count, seed=1000):
-    """Scenes at 8 frames per second, of a seed that pre-training does not use. Every second is held out."""
+    """Scenes at 8 frames per second, of a seed of their own. Every second one is a held-out combination."""
     rng = np.random.default_rng(seed)
     return [replace(random_scene(rng, unseen=i % 2 == 0), fps=8) for i in range(count)]
 
 
 def against(scene, seen, names):
-    """What a clip shows (Measured) against what was asked: metric -> number.
+    """What a clip shows (Measured) against what was asked: metric -> number, None where nothing was asked.
 
     The distance is relative to that of the world's own clips.
     """
-    numbers = {name: getattr(seen, name) == getattr(scene, name) for name in names}
+    pattern = "" if scene.look.pattern == "plain" else scene.look.pattern  # captions do not say "plain"
+    asked = {"shape": scene.shape, "ground": scene.ground, "direction": scene.direction,
+             "pattern": pattern, "colour": colour_name(scene.look.colour)}
+    numbers = {name: getattr(seen, name) == asked[name] if asked[name] else None for name in names}
     distance = seen.distance / (SPEED / scene.fps * (len(seen.track) - 1))
     return numbers | {"distance": distance, "frozen": seen.frozen, "broken": seen.broken > 0}
+
+
+def against_with_drift(scene, clip, names):
+    """As `against`, of a clip. Two more metrics say how much changes from frame to frame."""
+    seen = measure(clip, scene.fps)
+    return against(scene, seen, names) | {"colour drift": seen.colour_drift, "shape drift": seen.shape_drift}
 
 
 def load_known_subject(path, base):
     """-> Subject, and its name in toy/subjects, where the true look is known. Raises BadInput."""
     subject = load_subject(path, base)
-    images = subject.settings["images"]
+    images = subject.settings.get("images", "unknown photos")
     if Path(images).name not in SUBJECTS:
-        raise BadInput(f"--subject {path}: was learned from {images}, "
-                       f"and the truth is known of toy/subjects only")
+        raise BadInput(f"--subject {path}: was learned from {images}, and the true look is known of "
+                       f"toy/subjects only")
     return subject, Path(images).name
 
 
-def measure_row(table, row, subject, name):
-    """Fills one row: the subject at the row's lambdas, or the base with the class word. Returns its numbers.
+def measure_row(table, row, learned):
+    """Fills one row: subjects at the row's lambdas, or the base with their class words. Returns its numbers.
 
-    The prompts ask for every direction on every ground in turn.
+    learned: list of (subject, name). Each makes an equal share of the clips, one share after the other. The
+    prompts ask for every direction on every ground in turn.
     """
-    settings = table.base.config.sampling
-    places = itertools.cycle(itertools.product(GROUNDS, DIRECTIONS))
-    scenes = [replace(scene, ground=ground, direction=direction)
-              for scene, (ground, direction) in zip(draw_scenes(table.args.clips), places)]
-    name_in_prompt, sample = subject.class_word, sample_clips
-    if row.lambdas:
-        name_in_prompt = f"{subject.placeholder} {subject.class_word}"
-        sample = partial(sample_clips, subjects=[subject], lambdas=parse_lambdas(row.lambdas, settings.steps))
-    prompts = [f"a {name_in_prompt} moving {scene.direction} on the {scene.ground}" for scene in scenes]
+    settings, share = table.base.config.sampling, table.args.clips // len(learned)
+    grounds, directions = itertools.cycle(GROUNDS), itertools.cycle(DIRECTIONS)  # 20 clips have every pair
+    scenes = [Scene("", Look((0.5, 0.5, 0.5)), next(grounds), next(directions), fps=settings.fps)
+              for _ in range(table.args.clips)]
+    prompts = []
+    for n, scene in enumerate(scenes):
+        subject, _ = learned[n // share]
+        named = f"{subject.placeholder} {subject.class_word}" if row.lambdas else subject.class_word
+        prompts.append(f"a {named} moving {scene.direction} on the {scene.ground}")
 
-    def judge(i, clip):
-        seen = measure(clip, settings.fps, class_or_subject(name))
-        numbers = against(scenes[i], seen, ("direction", "ground"))
+    def sample(base, prompts, which):
+        if not row.lambdas:
+            return sample_clips(base, prompts, which)
+        clips, lambdas = [], parse_lambdas(row.lambdas, settings.steps)
+        for number, part in itertools.groupby(which, key=lambda n: n // share):
+            clips.append(sample_clips(base, prompts, list(part), [learned[number][0]], lambdas))
+        return np.concatenate(clips)
+
+    def judge(n, clip):
+        _, name = learned[n // share]
+        numbers = against(scenes[n], measure(clip, settings.fps), ("direction", "ground"))
         return numbers | {"likeness": likeness(clip, name), "consistency": consistency(pixel_features(clip))}
 
-    return table.fill(row.name, prompts, judge, sample=sample)
-
-
-@dataclass
-class Line:
-    """One line of a plot: training steps -> metric -> mean."""
-    name: str
-    means: dict = field(default_factory=dict)
+    examples = (0, 1) if len(learned) == 1 else [i * share for i in range(len(learned))]
+    return table.fill(row.name, prompts, judge, examples, sample, len(learned))
 
 
 def measure_saves(args, base, title, folders, rows):
-    """A row for every save of every training and each of `rows`. Returns a Line for each of `rows`."""
+    """A row for every save of every training and each of `rows`."""
     learned = {}
     for training, folder in folders.items():
         paths = [save / "subject.safetensors" for save in saves(folder)]
         learned[training] = [load_known_subject(path, base) for path in paths]
     last = {training: subject_fingerprint(known[-1][0]) for training, known in learned.items()}
     table = Table(args, base, title, {"subjects": last})
-    lines = [Line(row.name) for row in rows]
     for training, known in learned.items():
         for subject, name in known:
-            for row, line in zip(rows, lines):
+            for row in rows:
                 named = replace(row, name=f"{training}, {subject.steps} steps, {row.name}")
-                numbers = measure_row(table, named, subject, name)
-                line.means[subject.steps] = {metric: np.mean(values) for metric, values in numbers.items()}
-    return lines
+                measure_row(table, named, [(subject, name)])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -274,26 +333,31 @@ def measure_saves(args, base, title, folders, rows):
 class Table:
     """Rows of metric -> a number per clip, and a picture of them. Printed row by row.
 
-    The rows are kept in --out/NAME.json, so an interrupted table goes on.
+    The rows are kept in --out/NAME.json and their first clips in --out/NAME/ROW.png, so an interrupted table
+    goes on. A row is whole if it is in both.
     """
 
     def __init__(self, args, base, name, more_settings=None):
         self.args, self.base, self.rows, self.process = args, base, {}, this_process()
-        self.settings = {"clips": args.clips, "base": base.config.fingerprint, **(more_settings or {})}
-        self.path = args.out / f"{name}.json"
+        self.settings = {"clips": args.clips, "base": base.config.fingerprint,
+                         "precision": str(next(base.unet.parameters()).dtype), **(more_settings or {})}
+        self.path, self.done = args.out / f"{name}.json", []
         found = facts_beside(self.path)
         if found is not None:
             if found.get("settings") != self.settings:
                 raise BadInput(f"--out {args.out}: {self.path.name} in it has other settings "
-                               f"({found.get('settings')}); name another folder")
-            if self.path.with_suffix(".png").exists():  # if not, the rows' clips are made again
-                self.rows = found["rows"]
+                               f"({found.get('settings', 'none that can be read')}); name another folder")
+            self.rows = {row: numbers for row, numbers in found["rows"].items() if self.strips(row).exists()}
 
-    def fill(self, name, prompts, judge, examples=2, sample=None):
+    def strips(self, row):
+        return self.path.with_suffix("") / f"{slug(row)}.png"
+
+    def fill(self, name, prompts, judge, examples=(0, 1), sample=None, trainings=1):
         """Samples every prompt, clip n from seed n, and judges the clips -> metric -> a number per clip.
 
-        judge: function (n, clip) -> metric -> number. sample: function (base, prompts, which) -> clips, by
-        default `sample_clips`. The picture shows the first `examples` clips.
+        judge: function (n, clip) -> metric -> number or None. sample: function (base, prompts, which) ->
+        clips, by default `sample_clips`. The picture shows the clips numbered `examples`. `trainings`: how
+        many share the clips (print_row).
         """
         if name not in self.rows:
             judged, shown = self.judge_clips(name, prompts, judge, examples, sample or sample_clips)
@@ -303,39 +367,49 @@ class Table:
                     numbers.setdefault(metric, []).append(value)
             if self.process.rank == 0:
                 self.save(name, [shown[n] for n in sorted(shown)])
+        self.done.append(name)
         if self.process.rank == 0:
-            print_row(name, self.rows[name], name == next(iter(self.rows)))
+            self.save_picture()
+            print_row(name, self.rows[name], len(self.done) == 1, trainings)
         return self.rows[name]
 
     def judge_clips(self, name, prompts, judge, examples, sample):
-        """-> n -> metric -> number, and n -> clip for the first clips. Processes share the work."""
+        """-> n -> metric -> number, and n -> clip for the examples. Processes share the work."""
         mine = range(self.process.rank, len(prompts), self.process.world)
         batches = [mine[i:i + BATCH] for i in range(0, len(mine), BATCH)]
         judged, shown = {}, {}
         for batch in Progress(batches, desc=name, unit=f"{BATCH} clips", disable=self.process.rank > 0):
             for n, clip in zip(batch, sample(self.base, prompts, batch)):
-                judged[n] = {metric: float(value) for metric, value in judge(n, clip).items()}
-                if n < examples:
+                judged[n] = {}
+                for metric, value in judge(n, clip).items():
+                    judged[n][metric] = None if value is None else float(value)
+                if n in examples:
                     shown[n] = clip
         return gathered(judged, self.process.world), gathered(shown, self.process.world)
 
     def save(self, name, clips):
-        """Writes the rows so far as JSON. The clips go below the earlier rows' picture, two per strip."""
+        """Writes a row's clips, two per strip, then all rows so far as JSON."""
+        films = [Image.fromarray(np.concatenate(list(clip), axis=1)) for clip in clips]
+        strips = [labelled(films[i:i + 2], "" if i else name) for i in range(0, len(films), 2)]
+        with complete_or_absent(self.strips(name)) as temporary:
+            stacked(strips).save(temporary, format="png")
         with complete_or_absent(self.path) as temporary:
             content = {"settings": self.settings, "rows": self.rows}
             temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        picture, strips = self.path.with_suffix(".png"), []
-        if len(self.rows) > 1 and picture.exists():
-            strips = [np.asarray(Image.open(picture))]
-        films = [Image.fromarray(np.concatenate(list(clip), axis=1)) for clip in clips]
-        for i in range(0, len(films), 2):
-            strips.append(np.asarray(labelled(films[i:i + 2], "" if i else name)))
-        with complete_or_absent(picture) as temporary:
-            Image.fromarray(np.concatenate(strips)).save(temporary, format="png")
+
+    def save_picture(self):
+        """The clips of all rows that are done become --out/NAME.png."""
+        with complete_or_absent(self.path.with_suffix(".png")) as temporary:
+            stacked([Image.open(self.strips(row)) for row in self.done]).save(temporary, format="png")
+
+
+def stacked(strips):
+    """Pictures of one width, one below the other."""
+    return Image.fromarray(np.concatenate([np.asarray(strip) for strip in strips]))
 
 
 def gathered(mine, world):
-    """A dictionary of each process -> all of them in one."""
+    """Each process's dictionary -> one with the entries of all."""
     dictionaries = [mine]
     if world > 1:
         dictionaries = [None] * world
@@ -367,83 +441,47 @@ def sample_exchanged(base, prompts, which, later_prompts, k):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Plotting
-
-
-def plot(path, lines, metrics, width=300, height=200):
-    """Lines become one panel per metric. Steps are on a linear axis from 0, means from 0 to 1 or more."""
-    image = Image.new("RGB", (width * len(metrics), height + 14 * len(lines) + 8), "white")
-    for i, metric in enumerate(metrics):
-        image.paste(panel(lines, metric, width, height), (width * i, 0))
-    pen = ImageDraw.Draw(image)
-    for n, (colour, line) in enumerate(zip(LINE_COLOURS, lines)):
-        pen.text((40, height + 2 + 14 * n), line.name, fill=colour)
-    with complete_or_absent(path) as temporary:
-        image.save(temporary, format="png")
-
-
-def panel(lines, metric, width, height):
-    """The lines' means of one metric against training steps -> PIL image."""
-    image = Image.new("RGB", (width, height), "white")
-    pen, all_steps, top = ImageDraw.Draw(image), list(lines[0].means), 1.0
-    for line in lines:
-        top = max(top, *(means[metric] for means in line.means.values()))
-
-    def at(steps, value):
-        return 40 + (width - 60) * steps / max(all_steps), height - 20 - (height - 50) * value / top
-
-    pen.text((40, 6), metric, fill="black")
-    for value in (0, top / 2, top):
-        pen.line([at(0, value), at(max(all_steps), value)], fill="#dddddd")
-        pen.text((8, at(0, value)[1] - 6), f"{value:.2g}", fill="black")
-    for steps in all_steps:
-        pen.text((at(steps, 0)[0] - 8, height - 16), str(steps), fill="black")
-    for colour, line in zip(LINE_COLOURS, lines):
-        points = [at(steps, means[metric]) for steps, means in line.means.items()]
-        pen.line(points, fill=colour, width=2)
-    return image
-
-
-LINE_COLOURS = ("#c03020", "#808080", "#2050c0", "#208040")
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Flags
 
 
-@dataclass(frozen=True)
-class Experiment:
-    run: Callable
-    clips: int      # per row, where --clips is left out
-
-
-EXPERIMENTS = {
-    "base": Experiment(measure_base, 256),
-    "decided": Experiment(measure_decision, 64),
-    "claim": Experiment(measure_claim, 128),
-    "steps": Experiment(measure_steps, 32),
-    "sweep": Experiment(measure_sweep, 32),
-    "methods": Experiment(measure_methods, 32)}
+EXPERIMENTS = {     # name -> function and clips per row, where --clips is left out
+    "base": (measure_base, 256),
+    "decided": (measure_decision, 64),
+    "claim": (measure_claim, 132),
+    "schedules": (measure_schedules, 60),
+    "steps": (measure_steps, 32),
+    "sweep": (measure_sweep, 32),
+    "methods": (measure_methods, 32)}
 
 
 def parse_args():
+    counts = ", ".join(f"{name} {clips}" for name, (_, clips) in EXPERIMENTS.items())
     p = FlagParser(description="Measure the embedded base and the paper's claim on it.")
     p.add_argument("what", nargs="?", choices=list(EXPERIMENTS), default="methods",
                    help="what to measure (default: %(default)s)")
     p.add_argument("--base", type=Path, default=ROOT / "toy" / "base",
                    help="base folder (default: %(default)s)")
     p.add_argument("--subject", type=Path,
-                   help="claim: subject.safetensors learned from one of toy/subjects "
-                        "(default: one trained for long)")
+                   help="claim and schedules: subject.safetensors learned from one of toy/subjects "
+                        "(default: three subjects, each trained for long with two seeds)")
     p.add_argument("--clips", type=int,
-                   help="clips per row (default: base 256, claim 128, decided 64, steps and sweep 32, "
-                        "methods 32 per subject)")
+                   help=f"clips per row, of methods per subject (default: {counts})")
+    p.add_argument("--precision", choices=["float32", "bfloat16"], default="float32",
+                   help="of the UNet that samples; bfloat16 takes half the time on a processor that knows it "
+                        "(default: %(default)s)")
     p.add_argument("--out", type=Path, default=Path("outputs/experiment"),
                    help="folder for results (default: %(default)s)")
     args = p.parse_args()
     check_flags(args, {"clips": (1, 100_000)})
     check_out(args.out)
-    args.clips = args.clips or EXPERIMENTS[args.what].clips
+    _, clips = EXPERIMENTS[args.what]
+    args.clips, shares = args.clips or clips, len(claim_trainings())
+    shared = args.what in ("claim", "schedules")
+    if args.subject and not shared:
+        raise BadInput(f"--subject: belongs to claim and schedules; leave it out of {args.what}")
+    if shared and not args.subject and args.clips % shares:
+        raise BadInput(f"--clips {args.clips}: should be a multiple of {shares}, so that {shares} trainings "
+                       f"share a row's clips equally")
     return args
 
 

@@ -8,46 +8,47 @@ Each stage keeps its state in --out (runs/pretrain). `export` writes the base fo
 are VideoCrafter2's, and so is the task: noise prediction with captions that drop out. Only CONFIG's numbers
 are small.
 
-Shapes: N pictures, B clips, T frames, L text tokens; pictures (N, 3, 64, 64), latents z (B, 4, T, 8, 8).
+Shapes: N pictures, B clips, T frames, L text tokens; pictures (N, 3, 128, 128), latents z (B, 4, T, 16, 16).
 """
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from cli import (BadInput, FlagParser, check_out, complete_or_absent, join_processes, leave_processes,
-                 run_script, this_process)
+                 only_writer, run_script, this_process)
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from config import BaseConfig, SamplingDefaults, TrainingDefaults, check_flags
 from files import base_files, build_part, fingerprint, save_base_config
 from model import (NOISE_LEVELS, VAE, Z_CHANNELS, NoiseSchedule, ScheduleConfig, TextConfig, Tokenizer,
-                   UNetConfig, VAEConfig)
-from toy.world import SIZE, caption, draw_clip, random_look, random_scene
+                   UNetConfig, VAEConfig, pixels)
+from toy.world import FRAMES, SIZE, caption, draw_clip, random_scene
 
-FRAMES = 8
 # Standard deviation of the scaled latents. Large latents need more noise to hide which way a clip moves, so
 # the direction is decided earlier. The noise rises steeply at the end (`beta_end`). So the level where
 # sampling starts still shows little of a clip.
-LATENT_STD = 12
+LATENT_STD = 10
 CONFIG = BaseConfig(
     name="toy",
     schedule=ScheduleConfig(beta_end=0.025),
     text=TextConfig(width=64, heads=4, layers=2),
-    vae=VAEConfig(channels=16, channel_mult=(1, 2, 4, 4), num_res_blocks=1, norm_groups=4),
-    unet=UNetConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2),
+    vae=VAEConfig(channels=16, channel_mult=(1, 2, 4, 8), num_res_blocks=1, norm_groups=4),
+    unet=UNetConfig(channels=48, channel_mult=(1, 2, 2), num_res_blocks=1, attention_resolutions=(2, 4),
                     head_channels=16, context_dim=64, norm_groups=8),
-    sampling=SamplingDefaults(frames=FRAMES, height=SIZE, width=SIZE, fps=8, save_fps=8,
+    sampling=SamplingDefaults(frames=FRAMES, height=SIZE, width=SIZE, fps=8, save_fps=8, eta=0.0,
                               prompt="a V* {class word} moving left on the sea", cfg=2.5),
-    training=TrainingDefaults(rank=8, lr=1.5e-3, steps=500, batch_size=2, num_prior=16,
+    training=TrainingDefaults(rank=32, lr=1e-3, steps=500, batch_size=1, num_prior=16,
                               images="toy/subjects/berry", class_word="heart"))
 
 
@@ -55,13 +56,31 @@ def main():
     args = parse_args()
     process = this_process()
     join_processes(process)
-    args.out.mkdir(parents=True, exist_ok=True)
-    for stage, run_stage in STAGES.items():
-        if args.stage in ("all", stage):
-            run_stage(args, process)
-            if process.world > 1:
-                dist.barrier()  # the next stage reads what rank 0 wrote
+    if 8 % process.world:
+        raise BadInput(f"--nproc_per_node {process.world}: should be 1, 2, 4 or 8: they share 8 clips")
+    args.autocast = torch.autocast(process.device.type, torch.bfloat16, fast_in_bfloat16(process.device))
+    with only_writer(args.out, process.rank):
+        for stage, run_stage in STAGES.items():
+            if args.stage in ("all", stage):
+                run_stage(args, process)
+                if process.world > 1:
+                    dist.barrier()  # the next stage reads what rank 0 wrote
     leave_processes(process)
+
+
+def fast_in_bfloat16(device):
+    """Whether a matrix product in bfloat16 takes less than two thirds of its time in float32.
+
+    Many processors know no bfloat16 and take longer. So the products are timed here.
+    """
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(1024, 1024, device=device, dtype=dtype)
+        for _ in range(4):  # the last one counts
+            start = time.perf_counter()
+            (a @ a).sum().item()
+            seconds[dtype] = time.perf_counter() - start
+    return seconds[torch.bfloat16] < seconds[torch.float32] / 1.5
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -73,80 +92,90 @@ class SampledVAE(VAE):
 
     def forward(self, x):
         """x (N, 3, H, W) in [-1, 1] -> y like x; the latent's mean and log-variance (N, 4, H/8, W/8)."""
-        mean, logvar = self.moments(x)
+        mean, logvar = (moment.float() for moment in self.moments(x))
         z = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * torch.randn_like(mean)
-        return self.decode(z * self.latent_factor), mean, logvar
+        return self.decode(z * self.latent_factor).float(), mean, logvar
 
 
 def train_vae(args, process):
     """Reconstruction, and a weak pull of the latent's distribution towards N(0, 1), as in AutoencoderKL."""
-    batch, pool, kl_weight = 16, 12_000, 1e-6
+    batch, pool, kl_weight = 8, 8000, 1e-6
     torch.manual_seed(process.rank)  # noise of its own for each process; all start from rank 0's weights
     vae = SampledVAE(CONFIG.vae).to(process.device, memory_format=torch.channels_last)
-    run = Run("vae", args.out, process, vae, lr=2e-3, steps=args.vae_steps)
-    if run.step == run.steps:
+    run = Run("vae", args.out, process, vae, lr=2e-3, steps=args.vae_steps, decay=1 / 4)
+    if run.step >= run.steps:
         return
     pictures = draw_pictures(pool, seed=1)
     while run.step < run.steps:
         rng = np.random.default_rng((2, run.step))
         chosen = rng.integers(len(pictures), size=batch)[process.rank::process.world]
-        x = scaled(pictures[chosen], process.device)
+        x = pixels(pictures[chosen]).to(process.device)
         if rng.random() < 0.5:
             x = x.flip(3)
-        y, mean, logvar = run.model(x.contiguous(memory_format=torch.channels_last))
+        with args.autocast:
+            y, mean, logvar = run.model(x.contiguous(memory_format=torch.channels_last))
         mse, l1 = F.mse_loss(y, x), F.l1_loss(y, x)
         kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)).mean()
-        run.optimize(4 * mse + 0.2 * l1 + kl_weight * kl, {"psnr": 10 * torch.log10(4 / mse), "kl": kl})
+        # Outlines come by themselves. Colours would take long. So three of the latent's four channels are led
+        # to the mean colours of 8x8 pixels, less and less, in the first three quarters of the training.
+        blurred = F.avg_pool2d(x, 8)
+        coarse, lead = F.mse_loss(F.avg_pool2d(y, 8), blurred), F.mse_loss(mean[:, :3], blurred)
+        lead_weight = 4 * max(0, 0.75 - run.step / run.steps)
+        loss = 4 * mse + 8 * coarse + 0.2 * l1 + lead_weight * lead + kl_weight * kl
+        run.optimize(loss, {"coarse": coarse, "lead": lead, "psnr": 10 * torch.log10(4 / mse), "kl": kl})
 
 
 def draw_pictures(count, seed):
-    """-> (N, 3, 64, 64) uint8: a third from the world, the others sprites of any look, size and turn."""
+    """-> (N, H, W, 3) uint8: a third from the world, the others sprites of any colours, size, turn and place.
+
+    Like VideoCrafter2's, this VAE has to code pictures that its UNet never saw, such as a subject's.
+    """
     rng = np.random.default_rng(seed)
     pictures = []
     for i in range(count):
         scene = random_scene(rng)
         if i % 3:
-            scene = replace(scene, look=random_look(rng), direction="", radius=rng.uniform(12, 24),
-                            angle=rng.uniform(-0.6, 0.6), start=tuple(rng.uniform(16, SIZE - 16, 2)))
+            look = replace(scene.look, colour=tuple(rng.uniform(0.05, 1, 3)))
+            if look.second:
+                look = replace(look, second=tuple(rng.uniform(0.05, 1, 3)))
+            scene = replace(scene, look=look, direction="", radius=rng.uniform(24, 48),
+                            angle=rng.uniform(-0.6, 0.6), start=tuple(rng.uniform(SIZE / 4, 3 * SIZE / 4, 2)))
         pictures.append(draw_clip(scene, frames=1, first=rng.integers(FRAMES))[0])
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-
-
-def scaled(pictures, device):
-    """(N, 3, H, W) uint8 -> [-1, 1] on the device."""
-    return pictures.to(device).float() / 127.5 - 1
+    return np.stack(pictures)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The clips' latents
 
 
-def draw_scenes(count):
+def training_scenes(count):
     """The scenes that text tower and UNet are trained on."""
     rng = np.random.default_rng(3)
-    return [random_scene(rng, FRAMES) for _ in range(count)]
+    return [random_scene(rng) for _ in range(count)]
 
 
 @torch.no_grad()
 def encode_clips(args, process):
-    """Draws --clips clips. Keeps their latents (B, T, 4, 8, 8), float16, and the factor that scales them."""
-    path, batch, start = args.out / "latents.safetensors", 32, time.time()
+    """Draws --clips clips. Keeps latents (B, T, 4, 16, 16), float16, and the factor that scales them."""
+    path, batch, start = args.out / "latents.safetensors", 16, time.time()
     if path.exists():
         return
     vae = load_average(build_part("vae", CONFIG), "vae", args)
     vae.to(process.device, memory_format=torch.channels_last)
-    scenes, side = draw_scenes(args.clips), SIZE // CONFIG.vae.factor
+    scenes, side = training_scenes(args.clips), SIZE // CONFIG.vae.factor
     shape = (len(scenes), FRAMES, Z_CHANNELS, side, side)
     latents = torch.zeros(shape, dtype=torch.float16, device=process.device)
-    batches = range(0, len(scenes), batch)
+    batches, pool = range(0, len(scenes), batch), ThreadPoolExecutor()  # numpy draws clips side by side
     for n, first in enumerate(batches[process.rank::process.world]):
-        clips = np.concatenate([draw_clip(scene, FRAMES) for scene in scenes[first:first + batch]])
-        mean, _ = vae.moments(scaled(torch.from_numpy(clips).permute(0, 3, 1, 2), process.device))
+        clips = np.concatenate(list(pool.map(draw_clip, scenes[first:first + batch])))
+        x = pixels(clips).to(process.device)
+        with args.autocast:
+            mean, _ = vae.moments(x.contiguous(memory_format=torch.channels_last))
         latents[first:first + batch] = mean.unflatten(0, (-1, FRAMES)).half()
         if n % 50 == 0 and process.rank == 0:
             print(f"latents {first}/{len(scenes)}  {time.time() - start:.0f} s", flush=True)
     if process.world > 1:
-        dist.all_reduce(latents)  # in all processes but one a clip's latents are 0, so the sum has all clips
+        dist.all_reduce(latents)  # in all processes but one a clip's latents are 0
     if process.rank == 0:
         latents = latents.cpu()
         with complete_or_absent(path) as temporary:
@@ -162,18 +191,23 @@ class NoisePredictor(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.unet, self.text_encoder = build_part("unet", CONFIG), build_part("text_encoder", CONFIG)
+        self.text_encoder, self.unet = build_part("text_encoder", CONFIG), build_part("unet", CONFIG)
 
     def forward(self, z_t, t, fps, tokens):
         """z_t (B, 4, T, h, w), t (B,), fps (B,), tokens (B, L) -> eps (B, 4, T, h, w)"""
-        return self.unet(z_t, t, fps, self.text_encoder(tokens))
+        # Of PyTorch's ways to attend, the plain product is the fastest where sequences are as short as here.
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.unet(z_t, t, fps, self.text_encoder(tokens))
 
 
 def train_unet(args, process):
-    """Eq. 1 on single frames, which are 8 times cheaper; then on clips with a share of single frames."""
+    """Eq. 1 on single frames, then on clips of half the size, then on clips. So grew VideoCrafter.
+
+    Small clips cost a quarter, so there are four times as many to learn the directions from.
+    """
     torch.manual_seed(0)
     data = load_file(made_by("latents", args.out / "latents.safetensors"))
-    scenes, latents = draw_scenes(len(data["latents"])), data["latents"].float() * data["factor"]
+    scenes = training_scenes(len(data["latents"]))
     schedule, tokenizer = NoiseSchedule(CONFIG.schedule), Tokenizer()
     network = NoisePredictor().to(process.device)
     network.eval()  # no dropout: there is more data than so small a network can learn by heart
@@ -181,15 +215,23 @@ def train_unet(args, process):
     # Otherwise it soon says only what single frames need, and later the UNet never hears the directions.
     nn.init.normal_(network.text_encoder.token_embedding.weight, std=0.5)
     nn.init.normal_(network.text_encoder.positional_embedding, std=0.2)
-    run = Run("unet", args.out, process, network, lr=1e-3, steps=args.image_steps + args.clip_steps,
-              slow=network.text_encoder)
+    run = Run("unet", args.out, process, network, lr=1e-3, slow=network.text_encoder, decay=1 / 2,
+              steps=args.image_steps + args.small_clip_steps + args.clip_steps)
     weight = v_prediction_weight(schedule).to(process.device)
+    still = [replace(scene, direction="") for scene in scenes]  # their captions name no direction
     while run.step < run.steps:
-        single = run.step < args.image_steps or run.step % 8 == 0
-        *tensors, captions = draw_batch(scenes, latents, run.step, single)
+        images = run.step < args.image_steps
+        small = not images and run.step < args.image_steps + args.small_clip_steps
+        single = images or run.step % 8 == 0
+        run.lr = 1e-3 if images else 5e-4  # a high rate shakes most what the noisiest levels show: motion
+        described, noisiest = still if images else scenes, 6 if images else 3 if small else 5
+        *tensors, captions = draw_batch(described, data["latents"], data["factor"], run.step, single, small,
+                                        noisiest)
         z_0, t, fps, eps = (x[process.rank::process.world].to(process.device) for x in tensors)
         tokens = tokenizer(captions[process.rank::process.world]).to(process.device)
-        error = (run.model(schedule.add_noise(z_0, t, eps), t, fps, tokens) - eps).pow(2)
+        with args.autocast:
+            eps_predicted = run.model(schedule.add_noise(z_0, t, eps), t, fps, tokens)
+        error = (eps_predicted.float() - eps).pow(2)
         loss = (weight[t] * error.mean(dim=(1, 2, 3, 4))).mean()                    # Eq. 1, weighted
         run.optimize(loss, {"images" if single else "clips": loss})
 
@@ -202,27 +244,30 @@ def v_prediction_weight(schedule):
     bound is for the last levels, where nothing is left to see: they must not outweigh the rest.
     """
     signal = schedule.alpha_bar * (schedule.scale * LATENT_STD) ** 2
-    return (1 + (1 - schedule.alpha_bar) / signal).clamp(max=100)
+    return (1 + (1 - schedule.alpha_bar) / signal).clamp(max=200)
 
 
-def draw_batch(scenes, latents, step, single):
-    """-> z_0 (B, 4, T, 8, 8), t (B,), fps (B,), eps like z_0, and B captions. All follow from `step`.
+def draw_batch(scenes, latents, factor, step, single, small, noisiest):
+    """-> z_0 (B, 4, T, 16, 16), t (B,), fps (B,), eps like z_0, and B captions. All follow from `step`.
 
-    With `single`, T is 1, and the captions name no direction.
+    With `single`, T is 1. `small` clips have latents of 8x8. Three quarters of the noise levels come from the
+    `noisiest` tenths of all.
     """
     rng = np.random.default_rng((4, step))
-    chosen = rng.integers(len(scenes), size=64 if single else 16)
-    z_0 = latents[chosen].transpose(1, 2)
+    chosen = rng.integers(len(scenes), size=64 if single else 32 if small else 8)
+    z_0 = factor * latents[torch.from_numpy(chosen)].float().transpose(1, 2)
     if single:
         frame = torch.from_numpy(rng.integers(FRAMES, size=len(chosen)))
         z_0 = z_0[torch.arange(len(chosen)), :, frame][:, :, None]
-    described = [replace(scenes[k], direction="") if single else scenes[k] for k in chosen]
-    captions = [caption(scene, rng) for scene in described]
-    fps = torch.tensor([scene.fps for scene in described])
-    # A third of the noise levels come from the noisiest 30%: layout and motion are decided there.
+    elif small:
+        z_0 = F.avg_pool3d(z_0, (1, 2, 2))
+    captions = [caption(scenes[k], rng) for k in chosen]
+    fps = torch.tensor([scenes[k].fps for k in chosen])
+    # Below level 400 the noise is under a quarter of the latents. Look and layout are decided above, and
+    # motion at the noisiest levels.
     any_level = rng.integers(NOISE_LEVELS, size=len(chosen))
-    noisy_level = 7 * NOISE_LEVELS // 10 + 3 * any_level // 10
-    t = torch.from_numpy(np.where(rng.random(len(chosen)) < 2 / 3, any_level, noisy_level))
+    noisy_level = (10 - noisiest) * NOISE_LEVELS // 10 + noisiest * any_level // 10
+    t = torch.from_numpy(np.where(rng.random(len(chosen)) < 0.25, any_level, noisy_level))
     eps = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(step))
     return z_0, t, fps, eps, captions
 
@@ -239,7 +284,7 @@ def export(args, process):
     networks = {"vae": load_average(build_part("vae", CONFIG), "vae", args), "unet": predictor.unet,
                 "text_encoder": predictor.text_encoder}
     # Words that no caption has were never trained. Their random rows become 0, so these words say nothing.
-    trained = Tokenizer()([caption(scene) for scene in draw_scenes(2000)]).unique()
+    trained = Tokenizer()([caption(scene) for scene in training_scenes(2000)]).unique()
     table = predictor.text_encoder.token_embedding.weight.data
     keep = torch.zeros(len(table), 1)
     keep[trained] = 1
@@ -251,7 +296,7 @@ def export(args, process):
         states[part] = {name: x.bfloat16().contiguous() for name, x in network.state_dict().items()}
         with complete_or_absent(args.base / f"{part}.safetensors") as temporary:
             save_file(states[part], temporary)
-    factor = load_file(args.out / "latents.safetensors")["factor"].item()
+    factor = load_file(made_by("latents", args.out / "latents.safetensors"))["factor"].item()
     config = replace(CONFIG, fingerprint=fingerprint(states), vae=replace(CONFIG.vae, latent_factor=factor))
     config_path, *weights = base_files(args.base)
     with complete_or_absent(config_path) as temporary:
@@ -286,15 +331,15 @@ class Run:
     """
     EMA, SAVE_EVERY, LOG_EVERY = 0.998, 200, 50
 
-    def __init__(self, name, out, process, network, lr, steps, slow=None):
-        """slow: a part of the network that learns at a tenth of the rate."""
+    def __init__(self, name, out, process, network, lr, steps, decay, slow=None):
+        """decay: share of the steps, the last, in which the rate falls. slow: a part at a tenth of it."""
         self.path, self.process, self.network = out / f"{name}.pt", process, network
-        self.lr, self.steps, self.step = lr, steps, 0
+        self.lr, self.steps, self.decay, self.step = lr, steps, decay, 0
         self.model = DistributedDataParallel(network) if process.world > 1 else network
         slow_parameters = set(slow.parameters()) if slow else set()
         groups = [{"params": [p for p in network.parameters() if p not in slow_parameters], "scale": 1.0},
                   {"params": [p for p in network.parameters() if p in slow_parameters], "scale": 0.1}]
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.average = AveragedModel(network, avg_fn=self.mix)
         self.log, self.start = {}, time.time()
         if self.path.exists():
@@ -308,13 +353,13 @@ class Run:
 
     @classmethod
     def mix(cls, average, new, n):
-        """The n-th average. A young average keeps a ninth of its life, so it forgets the random start."""
+        """One update of the average. It spans about 500 steps, and at first the last ninth of all so far."""
         return average + max(1 - cls.EMA, 9 / (10 + n)) * (new - average)
 
     def optimize(self, loss, metrics):
         """One optimizer step on a scalar loss. Loss and metrics are averaged into the next log line."""
         warm_up = (self.step + 1) / 100
-        decay = 0.02 + 4 * (1 - self.step / self.steps)  # below 1 in the last quarter
+        decay = 0.02 + (1 - self.step / self.steps) / self.decay
         lr = self.lr * min(1, warm_up, decay)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
@@ -338,7 +383,8 @@ class Run:
 
     def print_log(self, lr):
         """One line: means over the steps since the last line, and over processes."""
-        means = torch.tensor([np.mean(values) for values in self.log.values()], device=self.process.device)
+        means = torch.tensor([sum(values) / len(values) for values in self.log.values()],
+                             device=self.process.device)
         if self.process.world > 1:
             dist.all_reduce(means)
         if self.process.rank == 0:
@@ -363,16 +409,18 @@ def parse_args():
                    help="folder for the state of unfinished stages (default: %(default)s)")
     p.add_argument("--base", type=Path, default=Path("toy/base"),
                    help="folder that the base is written to (default: %(default)s)")
-    p.add_argument("--vae_steps", type=int, default=4400, help="steps of 16 pictures (default: %(default)s)")
-    p.add_argument("--image_steps", type=int, default=1000,
+    p.add_argument("--vae_steps", type=int, default=4500, help="steps of 8 pictures (default: %(default)s)")
+    p.add_argument("--image_steps", type=int, default=4000,
                    help="first steps of the UNet, on 64 single frames each (default: %(default)s)")
-    p.add_argument("--clip_steps", type=int, default=8000,
-                   help="further steps of the UNet, on 16 clips each (default: %(default)s)")
-    p.add_argument("--clips", type=int, default=8000,
+    p.add_argument("--small_clip_steps", type=int, default=2000,
+                   help="then on 32 clips of half the height and width (default: %(default)s)")
+    p.add_argument("--clip_steps", type=int, default=6000,
+                   help="last steps of the UNet, on 8 clips each (default: %(default)s)")
+    p.add_argument("--clips", type=int, default=3500,
                    help="clips that are drawn and encoded once (default: %(default)s)")
     args = p.parse_args()
-    check_flags(args, {"vae_steps": (1, 10**7), "image_steps": (0, 10**7), "clip_steps": (0, 10**7),
-                       "clips": (1, 10**7)})
+    check_flags(args, {"vae_steps": (1, 10**7), "image_steps": (0, 10**7), "small_clip_steps": (0, 10**7),
+                       "clip_steps": (0, 10**7), "clips": (1, 10**7)})
     check_out(args.out)
     return args
 

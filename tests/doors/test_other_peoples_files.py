@@ -171,7 +171,8 @@ RUNS = [    # script, flags, exit code
     (experiment.main, "base --clips 1 --out .", 2),     # a base.json of another's is there
     (experiment.main, "base --base another\0model --out .", 2),
     (experiment.main, "claim --subject subject.safetensors.bak --out .", 2),
-    (pretrain_small, "--vae_steps 1 --image_steps 1 --clip_steps 1 --clips 2 --out . --base trained", 0),
+    (pretrain_small, "--vae_steps 1 --image_steps 1 --small_clip_steps 1 --clip_steps 1 --clips 2 --out . "
+                     "--base trained", 0),
     (pretrain.main, "--stage latents --out . --base base", 2),
     (pretrain.main, "--stage unet --out . --base base", 2),
     (pretrain.main, "--stage export --out . --base another\0model", 2)]
