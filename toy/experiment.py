@@ -11,8 +11,8 @@
 Each trains what it needs, prints a table, and writes the table with a picture into --out. Numbers are means
 with standard errors: over clips, or over trainings where several share a row. Clip n of every row has the
 same seed, and its prompt asks for the same motion on the same ground. What is there already and whole is not
-made again. `torchrun --nproc_per_node 2 toy/experiment.py ...` shares the work
-between processes, which is faster on CPU cores too. The paper's own protocol is paper/protocol.py.
+made again. `torchrun --nproc_per_node 2 toy/experiment.py ...` shares the work between processes, which is
+faster on CPU cores too. The paper's own protocol is paper/protocol.py.
 
 Shapes: B clips, T frames; clips (B, T, H, W, 3) uint8.
 """
