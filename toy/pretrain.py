@@ -224,7 +224,7 @@ def train_unet(args, process):
         small = not images and run.step < args.image_steps + args.small_clip_steps
         single = images or run.step % 8 == 0
         run.lr = 1e-3 if images else 5e-4  # a high rate shakes most what the noisiest levels show: motion
-        described, noisiest = still if images else scenes, 6 if images else 3 if small else 5
+        described, noisiest = still if images else scenes, 6 if images else 3 if small else 4
         *tensors, captions = draw_batch(described, data["latents"], data["factor"], run.step, single, small,
                                         noisiest)
         z_0, t, fps, eps = (x[process.rank::process.world].to(process.device) for x in tensors)
@@ -414,9 +414,9 @@ def parse_args():
                    help="first steps of the UNet, on 64 single frames each (default: %(default)s)")
     p.add_argument("--small_clip_steps", type=int, default=2000,
                    help="then on 32 clips of half the height and width (default: %(default)s)")
-    p.add_argument("--clip_steps", type=int, default=6000,
+    p.add_argument("--clip_steps", type=int, default=14000,
                    help="last steps of the UNet, on 8 clips each (default: %(default)s)")
-    p.add_argument("--clips", type=int, default=3500,
+    p.add_argument("--clips", type=int, default=10_000,
                    help="clips that are drawn and encoded once (default: %(default)s)")
     args = p.parse_args()
     check_flags(args, {"vae_steps": (1, 10**7), "image_steps": (0, 10**7), "small_clip_steps": (0, 10**7),
