@@ -154,7 +154,7 @@ def measure_decision(args, base):
         seen, asked = measure(clip, scenes[i].fps).direction, scenes[i].direction
         return {"first word": seen == asked, "second word": seen == OPPOSITE[asked]}
 
-    for k in (1, 2, 3, 5, 7, 10, 20):
+    for k in (1, 2, 3, 5, 7, 10):
         sample = partial(sample_exchanged, later_prompts=later_prompts, k=k)
         table.fill(f"k = {k}", prompts, judge, sample=sample)
 
