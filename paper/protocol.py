@@ -29,7 +29,7 @@ from video import slug
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the paper's tables: the training that it samples and the schedule; "" is the base alone."""
+    """A row of a table: the training that it samples, and its --lambdas. Without lambdas: the base alone."""
     name: str
     training: str = ""
     lambdas: str = ""
@@ -129,8 +129,8 @@ def add_evaluation(numbers, path):
 def train_subjects(args, trainings):
     """Name -> flags of train.py; each becomes a run under args.out. Returns name -> folder.
 
-    Each process takes one training at a time. A training that has its last save is not started again; one
-    that has an earlier save is resumed.
+    Each process takes one training at a time. A training that has its last save is not started again. A
+    training that has an earlier save is resumed.
     """
     process = this_process()
     folders = {name: args.out / "runs" / slug(name) for name in trainings}
@@ -163,14 +163,29 @@ def command(what, *arguments, environment=None):
         raise BadInput(f"{what}: stopped, see above; the same command goes on with it")
 
 
-def print_row(name, numbers, first):
-    """Metric -> a number per clip, as a line of a Markdown table: means and standard errors."""
+def print_row(name, numbers, first, trainings=1):
+    """Prints a row of a Markdown table: means and standard errors. The `first` has the header above it.
+
+    numbers: metric -> a number per clip, None where a clip was not asked for it. With several `trainings`
+    each made an equal share of the clips, one share after the other, and the errors are over trainings.
+    """
     if first:
         clips = len(next(iter(numbers.values())))
-        print(f"| {clips} clips per row | " + " | ".join(numbers) + " |")
+        shared = f" by {trainings} trainings" if trainings > 1 else ""
+        print(f"| {clips} clips per row{shared} | " + " | ".join(numbers) + " |")
         print("|---" * (1 + len(numbers)) + "|")
-    cells = [f"{np.mean(x):.3f} ± {np.std(x) / len(x) ** 0.5:.3f}" for x in numbers.values()]
+    cells = [mean_and_error(values, trainings) for values in numbers.values()]
     print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def mean_and_error(values, trainings):
+    values = np.array([value for value in values if value is not None])
+    if not len(values):
+        return ""
+    error = values.std() / len(values) ** 0.5
+    if trainings > 1:
+        error = values.reshape(trainings, -1).mean(1).std(ddof=1) / trainings ** 0.5
+    return f"{values.mean():.3f} ± {error:.3f}"
 
 
 def parse_args():

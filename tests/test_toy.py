@@ -10,7 +10,7 @@ from PIL import Image
 
 from cli import BadInput
 from files import load_base, load_subject
-from makers import ROOT, run
+from makers import ROOT, random_subject, run
 from model import Tokenizer, pixels
 from paper.evaluate import consistency
 from toy import experiment
@@ -131,6 +131,34 @@ def test_an_interrupted_table_goes_on(tmp_path, monkeypatch, toy):
     (tmp_path / "x.png").unlink()   # what is missing is made again
     Table(Namespace(clips=6, out=tmp_path), toy, "x").fill("one", captions, judge)
     assert asked == 3 * captions and (tmp_path / "x.png").exists()
+
+
+def test_trainings_share_the_clips_of_a_row(tmp_path, monkeypatch, base, capsys):
+    """Two subjects take half of the clips each. The errors are over the two, not over the six clips."""
+    scenes, asked = draw_scenes(6), []
+
+    def drawn(base, prompts, which, subjects=(), lambdas=None):
+        asked.extend(prompts[i] for i in which)
+        return np.stack([draw_clip(scenes[i]) for i in which])
+
+    monkeypatch.setattr(experiment, "sample_clips", drawn)
+    learned = [(replace(random_subject(base), class_word="heart"), "berry"),
+               (replace(random_subject(base), class_word="circle"), "bee")]
+    table = Table(Namespace(clips=6, out=tmp_path), base, "claim")
+    row = replace(experiment.PAPER_K5, lambdas="0.4*2,0.8*2")  # the tiny base takes 4 steps
+    numbers = experiment.measure_row(table, row, learned)
+    assert asked[2].startswith("a V* heart") and asked[3].startswith("a V* circle")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| 6 clips per row by 2 trainings |")
+    halves = np.array(numbers["likeness"]).reshape(2, 3).mean(1)
+    error = abs(halves[0] - halves[1]) / 2
+    assert f"{np.mean(halves):.3f} ± {error:.3f}" in lines[2]
+
+
+def test_clips_that_cannot_be_shared_are_refused(tmp_path):
+    done = run("toy/experiment.py", "claim", "--clips", 8, "--out", tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: --clips 8: should be a multiple of 6")
 
 
 # ------------------------------------------------------------------------------------------------------------
