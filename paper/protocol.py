@@ -166,8 +166,8 @@ def command(what, *arguments, environment=None):
 def print_row(name, numbers, first, trainings=1):
     """Prints a row of a Markdown table: means and standard errors. The `first` has the header above it.
 
-    numbers: metric -> a number per clip, None where a clip was not asked for it. With several `trainings`
-    each made an equal share of the clips, one share after the other, and the errors are over trainings.
+    numbers: metric -> a number per clip. With several `trainings` each made an equal share of the clips, one
+    share after the other, and the errors are over trainings.
     """
     if first:
         clips = len(next(iter(numbers.values())))
@@ -179,13 +179,10 @@ def print_row(name, numbers, first, trainings=1):
 
 
 def mean_and_error(values, trainings):
-    values = np.array([value for value in values if value is not None])
-    if not len(values):
-        return ""
-    error = values.std() / len(values) ** 0.5
+    error = np.std(values) / len(values) ** 0.5
     if trainings > 1:
-        error = values.reshape(trainings, -1).mean(1).std(ddof=1) / trainings ** 0.5
-    return f"{values.mean():.3f} ± {error:.3f}"
+        error = np.reshape(values, (trainings, -1)).mean(1).std(ddof=1) / trainings ** 0.5
+    return f"{np.mean(values):.3f} ± {error:.3f}"
 
 
 def parse_args():

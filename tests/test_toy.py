@@ -107,15 +107,22 @@ def test_consistency_of_pixels_is_one_for_a_frozen_clip():
     assert of_frozen == pytest.approx(1) and of_shuffled < of_clip < 0.99
 
 
-def test_an_interrupted_table_goes_on(tmp_path, monkeypatch, toy):
+@pytest.fixture()
+def drawn(monkeypatch):
+    """Table's clips are drawn, not sampled -> scenes, and the list of all prompts that were asked for."""
     scenes, asked = draw_scenes(6), []
-    captions = [caption(scene) for scene in scenes]
 
-    def drawn(base, prompts, which):
+    def draw(base, prompts, which, subjects=(), lambdas=None):
         asked.extend(prompts[i] for i in which)
         return np.stack([draw_clip(scenes[i]) for i in which])
 
-    monkeypatch.setattr(experiment, "sample_clips", drawn)
+    monkeypatch.setattr(experiment, "sample_clips", draw)
+    return scenes, asked
+
+
+def test_an_interrupted_table_goes_on(tmp_path, drawn, toy):
+    scenes, asked = drawn
+    captions = [caption(scene) for scene in scenes]
     judge = lambda i, clip: against(scenes[i], measure(clip, 8), ("direction", "shape"))
     Table(Namespace(clips=6, out=tmp_path), toy, "x").fill("one", captions, judge)
     table = Table(Namespace(clips=6, out=tmp_path), toy, "x")
@@ -133,15 +140,9 @@ def test_an_interrupted_table_goes_on(tmp_path, monkeypatch, toy):
     assert asked == 3 * captions and (tmp_path / "x.png").exists()
 
 
-def test_trainings_share_the_clips_of_a_row(tmp_path, monkeypatch, base, capsys):
+def test_trainings_share_the_clips_of_a_row(tmp_path, drawn, base, capsys):
     """Two subjects take half of the clips each. The errors are over the two, not over the six clips."""
-    scenes, asked = draw_scenes(6), []
-
-    def drawn(base, prompts, which, subjects=(), lambdas=None):
-        asked.extend(prompts[i] for i in which)
-        return np.stack([draw_clip(scenes[i]) for i in which])
-
-    monkeypatch.setattr(experiment, "sample_clips", drawn)
+    _, asked = drawn
     learned = [(replace(random_subject(base), class_word="heart"), "berry"),
                (replace(random_subject(base), class_word="circle"), "bee")]
     table = Table(Namespace(clips=6, out=tmp_path), base, "claim")
