@@ -1,6 +1,7 @@
 """Measures the embedded base, and the paper's claim on it, where the truth is known to the pixel.
 
     python toy/experiment.py base      # does the base show what captions say? Half of the scenes are held out
+    python toy/experiment.py drift     # does what a caption leaves open stay the same through a clip?
     python toy/experiment.py decided   # at which sampling step is the direction of motion decided?
     python toy/experiment.py claim     # three subjects, each learned twice: constant lambda, the schedule
     python toy/experiment.py steps     # one of them against training steps
@@ -39,8 +40,9 @@ from paper.evaluate import consistency
 from paper.protocol import PAPER, ROWS, Row, print_row, train_subjects
 from runs import saves
 from sample import ddim_steps, generate
-from toy.measure import class_or_subject, likeness, measure, pixel_features, psnr, through_vae
-from toy.world import DIRECTIONS, GROUNDS, SPEED, SUBJECTS, caption, draw_clip, draw_photos, random_scene
+from toy.measure import likeness, measure, pixel_features, psnr, through_vae
+from toy.world import (DIRECTIONS, GROUNDS, SPEED, SUBJECTS, caption, colour_words, draw_clip, draw_photos,
+                       random_scene)
 from video import facts_beside, labelled
 
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
@@ -110,13 +112,34 @@ def measure_base(args, base):
 
     def judge(i, clip):
         seen = measure(clip, scenes[i].fps)
-        numbers = against(scenes[i], seen, ("direction", "colour", "shape", "ground"))
+        numbers = against(scenes[i], seen, ("direction", "colour", "pattern", "shape", "ground"))
         return numbers | {"VAE world dB": psnr(base, draw_clip(scenes[i], 1)[0])}
 
     table.fill("base", [caption(scene) for scene in scenes], judge, examples=range(12))
     if table.process.rank == 0:
         photos = np.concatenate([draw_photos(name) for name in SUBJECTS])
         print(f"VAE on the subjects' photos: {np.mean([psnr(base, photo) for photo in photos]):.1f} dB")
+
+
+def measure_drift(args, base):
+    """How much a sprite changes from frame to frame, where captions name its look and where they do not.
+
+    The world's own clips after the VAE say what a perfect UNet would reach.
+    """
+    scenes, table = draw_scenes(args.clips), Table(args, base, "drift")
+
+    def judge(i, clip):
+        seen = measure(clip, scenes[i].fps)
+        numbers = against(scenes[i], seen, ("direction", "shape", "ground"))
+        return numbers | {"colour drift": seen.colour_drift, "shape drift": seen.shape_drift}
+
+    def from_the_world(base, prompts, which):
+        return np.stack([through_vae(base, draw_clip(scenes[i])) for i in which])
+
+    named, open_look = [caption(scene) for scene in scenes], [caption(scene, look=False) for scene in scenes]
+    table.fill("the world's own, after the VAE", named, judge, sample=from_the_world)
+    table.fill("the captions name the look", named, judge, examples=range(12))
+    table.fill("they leave the look open", open_look, judge, examples=range(12))
 
 
 def measure_decision(args, base):
@@ -147,7 +170,7 @@ def measure_claim(args, base):
         for name in dict.fromkeys(name for _, name in learned):
             photos = draw_photos(name)
             of_photos = np.mean([likeness(photo[None], name) for photo in photos])
-            after_vae = np.mean([likeness(through_vae(base, photo)[None], name) for photo in photos])
+            after_vae = np.mean([likeness(photo[None], name) for photo in through_vae(base, photos)])
             print(f"likeness of {name}'s photos themselves: {of_photos:.3f}, after the VAE: {after_vae:.3f}")
 
 
@@ -219,7 +242,9 @@ def against(scene, seen, names):
 
     The distance is relative to that of the world's own clips.
     """
-    numbers = {name: getattr(seen, name) == getattr(scene, name) for name in names}
+    asked = {"shape": scene.shape, "ground": scene.ground, "direction": scene.direction,
+             "pattern": scene.look.pattern, "colour": colour_words(scene.look)}
+    numbers = {name: getattr(seen, name) == asked[name] for name in names}
     distance = seen.distance / (SPEED / scene.fps * (len(seen.track) - 1))
     return numbers | {"distance": distance, "frozen": seen.frozen, "broken": seen.broken > 0}
 
@@ -260,8 +285,7 @@ def measure_row(table, row, learned):
 
     def judge(n, clip):
         _, name = learned[n // share]
-        seen = measure(clip, settings.fps, class_or_subject(name))
-        numbers = against(scenes[n], seen, ("direction", "ground"))
+        numbers = against(scenes[n], measure(clip, settings.fps), ("direction", "ground"))
         return numbers | {"likeness": likeness(clip, name), "consistency": consistency(pixel_features(clip))}
 
     examples = (0, 1) if len(learned) == 1 else [i * share for i in range(len(learned))]
@@ -447,6 +471,7 @@ class Experiment:
 
 EXPERIMENTS = {
     "base": Experiment(measure_base, 256),
+    "drift": Experiment(measure_drift, 128),
     "decided": Experiment(measure_decision, 64),
     "claim": Experiment(measure_claim, 132),
     "steps": Experiment(measure_steps, 32),
@@ -464,8 +489,8 @@ def parse_args():
                    help="claim: subject.safetensors learned from one of toy/subjects "
                         "(default: three subjects, each trained for long with two seeds)")
     p.add_argument("--clips", type=int,
-                   help="clips per row (default: base 256, claim 132, decided 64, steps and sweep 32, "
-                        "methods 32 per subject)")
+                   help="clips per row (default: base 256, claim 132, drift 128, decided 64, steps and sweep "
+                        "32, methods 32 per subject)")
     p.add_argument("--precision", choices=["float32", "bfloat16"], default="float32",
                    help="of the UNet that samples; bfloat16 takes half the time on a processor that knows it "
                         "(default: %(default)s)")
