@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from cli import (BadInput, FlagParser, check_out, complete_or_absent, join_processes, leave_processes,
-                 run_script, this_process)
+from cli import (BadInput, FlagParser, as_on_rank_0, check_out, complete_or_absent, join_processes,
+                 leave_processes, run_script, this_process)
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -56,7 +56,10 @@ def main():
     args = parse_args()
     process = this_process()
     join_processes(process)
-    args.autocast = torch.autocast(process.device.type, torch.bfloat16, fast_in_bfloat16(process.device))
+    fast = as_on_rank_0(fast_in_bfloat16(process.device), process)  # all have to train in the same precision
+    args.autocast = torch.autocast(process.device.type, torch.bfloat16, enabled=fast)
+    if process.rank == 0:
+        print(f"products in {'bfloat16' if fast else 'float32'}", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     for stage, run_stage in STAGES.items():
         if args.stage in ("all", stage):
@@ -184,7 +187,7 @@ class NoisePredictor(nn.Module):
 
     def forward(self, z_t, t, fps, tokens):
         """z_t (B, 4, T, h, w), t (B,), fps (B,), tokens (B, L) -> eps (B, 4, T, h, w)"""
-        # Of PyTorch's ways to attend, the plain product is the fastest where sequences are as short as here.
+        # Of PyTorch's ways to attend on a CPU, the plain product is the fastest for sequences this short.
         with sdpa_kernel(SDPBackend.MATH):
             return self.unet(z_t, t, fps, self.text_encoder(tokens))
 
