@@ -66,6 +66,7 @@ class SubjectLoss(nn.Module):
         z_t = base.schedule.add_noise(z_0, t, eps)
         error = (base.unet(z_t, t, torch.full_like(t, self.fps), context) - eps).pow(2)
         error = error.mean(dim=(1, 2))                                      # (B or 2B, h, w)
+        error = error * base.schedule.loss_weight.to(t.device)[t].view(-1, 1, 1)    # as the base was trained
         of_subject, of_prior = error[:len(photos)], error[len(photos):]
         subject_loss = (weight * of_subject).mean()                         # Eq. 1
         prior_loss = of_prior.mean() if len(of_prior) else torch.zeros_like(subject_loss)       # Eq. 3

@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from cli import (BadInput, FlagParser, check_out, complete_or_absent, join_processes, leave_processes,
-                 run_script, this_process)
+from cli import (BadInput, FlagParser, as_on_rank_0, check_out, complete_or_absent, join_processes,
+                 leave_processes, run_script, this_process)
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -40,7 +40,7 @@ from toy.world import FRAMES, SIZE, caption, draw_clip, random_scene
 LATENT_STD = 12
 CONFIG = BaseConfig(
     name="toy",
-    schedule=ScheduleConfig(beta_end=0.025),
+    schedule=ScheduleConfig(beta_end=0.025, latent_std=LATENT_STD),
     text=TextConfig(width=64, heads=4, layers=2),
     vae=VAEConfig(channels=16, channel_mult=(1, 2, 4, 4), num_res_blocks=1, norm_groups=4),
     unet=UNetConfig(channels=48, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2),
@@ -55,7 +55,10 @@ def main():
     args = parse_args()
     process = this_process()
     join_processes(process)
-    args.autocast = torch.autocast(process.device.type, torch.bfloat16, fast_in_bfloat16(process.device))
+    fast = as_on_rank_0(fast_in_bfloat16(process.device), process)  # all have to train in the same precision
+    args.autocast = torch.autocast(process.device.type, torch.bfloat16, enabled=fast)
+    if process.rank == 0:
+        print(f"products in {'bfloat16' if fast else 'float32'}", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     for stage, run_stage in STAGES.items():
         if args.stage in ("all", stage):
@@ -213,7 +216,7 @@ def train_unet(args, process):
     nn.init.normal_(network.text_encoder.positional_embedding, std=0.2)
     run = Run("unet", args.out, process, network, lr=1e-3, steps=args.image_steps + args.clip_steps,
               slow=network.text_encoder)
-    weight = v_prediction_weight(schedule).to(process.device)
+    weight = schedule.loss_weight.to(process.device)
     while run.step < run.steps:
         single = run.step % 4 > 0 if run.step < args.image_steps else run.step % 4 == 0
         *tensors, captions = draw_batch(scenes, latents, run.step, single)
@@ -224,17 +227,6 @@ def train_unet(args, process):
         error = (eps_predicted.float() - eps).pow(2)
         loss = (weight[t] * error.mean(dim=(1, 2, 3, 4))).mean()                    # Eq. 1, weighted
         run.optimize(loss, {"images" if single else "clips": loss})
-
-
-def v_prediction_weight(schedule):
-    """Weight of Eq. 1 at each noise level (1000,).
-
-    Where noise hides nearly everything, the plain loss is near 0 whatever the layout and the motion. This
-    weight makes it the loss of v-prediction (Salimans and Ho 2022, Sec. 4), about equal at every level. The
-    bound is for the last levels, where nothing is left to see: they must not outweigh the rest.
-    """
-    signal = schedule.alpha_bar * (schedule.scale * LATENT_STD) ** 2
-    return (1 + (1 - schedule.alpha_bar) / signal).clamp(max=100)
 
 
 def draw_batch(scenes, latents, step, single):
