@@ -120,7 +120,7 @@ def train_vae(args, process):
 
 
 def draw_pictures(count, seed):
-    """-> (N, 3, 64, 64) uint8: a third from the world, the others sprites of any colours, size, turn and place.
+    """-> (N, 3, 64, 64) uint8: a third from the world, the others sprites of any colour, size and turn.
 
     Like VideoCrafter2's, this VAE has to code pictures that its UNet never saw, such as a subject's.
     """

@@ -113,8 +113,9 @@ def held_out(shape, look, ground, direction):
         if (look.pattern == subject.pattern and difference(look.colour, subject.colour) < 0.25
                 and difference(look.second, subject.second) < 0.25):
             return True
-    number = (SHAPES.index(shape) + list(COLOURS).index(colour_name(look.colour)) + PATTERNS.index(look.pattern)
-              + 3 * list(GROUNDS).index(ground) + 7 * list(DIRECTIONS).index(direction))
+    number = (SHAPES.index(shape) + PATTERNS.index(look.pattern)
+              + list(COLOURS).index(colour_name(look.colour)) + 3 * list(GROUNDS).index(ground)
+              + 7 * list(DIRECTIONS).index(direction))
     return number % 10 == 0
 
 
