@@ -276,7 +276,8 @@ class UNet(nn.Module):
 
         Height and width in latents are multiples of 2 ** (levels - 1): 8 for VideoCrafter2.
         """
-        (B, C, T, H, W), dtype = z_t.shape, self.conv_out.weight.dtype
+        B, C, T, H, W = z_t.shape
+        dtype = self.conv_out.weight.dtype
         emb = self.time_embed(sinusoidal_embedding(t, self.cfg.channels).to(dtype))
         emb = emb + self.fps_embed(sinusoidal_embedding(fps, self.cfg.channels).to(dtype))
         context = context.to(dtype)
@@ -312,13 +313,13 @@ class ScheduleConfig:
     beta_end: float = 0.012
     scale_end: float = 0.7  # upstream `use_scale`: the signal shrinks linearly to this ...
     scale_steps: int = 400  # ... over the first so many of the 1,000 noise levels
-    latent_std: float = 0   # of scaled latents, for a base that was trained with v-prediction's weights
+    latent_std: float = 0.0  # of scaled latents, if Eq. 1 had v-prediction's weights (Salimans and Ho 2022)
 
 
 class NoiseSchedule:
     """z_t = sqrt(alpha_bar_t) * scale_t * z_0 + sqrt(1 - alpha_bar_t) * eps, for t = 0 ... 999.
 
-    Upstream lvdm/models/ddpm3d.py, `register_schedule` and `q_sample` with `use_scale`.
+    Upstream lvdm/models/ddpm3d.py, `register_schedule` and `q_sample` with `use_scale`. Tables are (1000,).
     """
 
     def __init__(self, cfg: ScheduleConfig):
@@ -328,9 +329,8 @@ class NoiseSchedule:
         # Upstream quirk: with scale_t the noisy latent's variance is not 1; the normal form is scale_t = 1.
         self.scale = torch.full((NOISE_LEVELS,), cfg.scale_end)
         self.scale[:cfg.scale_steps] = torch.linspace(1, cfg.scale_end, cfg.scale_steps)
-        # Eq. 1's weights: v-prediction's (Salimans and Ho 2022, Sec. 4), bounded where nothing can be seen.
-        v_weight = 1 + (1 - self.alpha_bar) / (self.alpha_bar * (self.scale * cfg.latent_std) ** 2)
-        self.loss_weight = v_weight.clamp(max=100) if cfg.latent_std else torch.ones(NOISE_LEVELS)
+        snr = self.alpha_bar * (self.scale * cfg.latent_std) ** 2 / (1 - self.alpha_bar)
+        self.loss_weight = (1 + 1 / snr).clamp(max=100) if cfg.latent_std else torch.ones(NOISE_LEVELS)
 
     def add_noise(self, z_0, t, eps):
         """z_0, eps (B, C, T, H, W), t (B,) -> z_t (B, C, T, H, W). The forward process in Eq. 1."""

@@ -78,12 +78,16 @@ def test_a_base_keeps_the_loss_weights_that_it_was_trained_with(base, monkeypatc
     found_z_0 = (z_t - b * (eps[:, 0, 0, 0, 0] + wrong)) / a
     error_of_v = (a * wrong - b * (found_z_0 - z_0)) ** 2
     assert torch.allclose(schedule.loss_weight[t] * wrong ** 2, error_of_v, rtol=1e-3)
-    assert schedule.loss_weight.max() <= 100
+    assert NoiseSchedule(ScheduleConfig(latent_std=1)).loss_weight.max() == 100     # bounded
 
-    loss, weights = new_loss(base), schedule.loss_weight[t]
-    each = [loss(photos[[i]], tokens[[i]], weight[[i]], t[[i]], eps[[i]])[0] for i in range(2)]
+    loss, weights, (prior_z, prior_context) = new_loss(base), schedule.loss_weight[t], small_prior()
+    each = []   # (Eq. 1, Eq. 3) of a subject clip and a prior clip at one level, with weights of 1
+    for i in range(2):
+        each.append(torch.stack(loss(photos[[i]], tokens[[i]], weight[[i]], t[[i, i]], eps[[i, i]],
+                                     prior_z[[i]], prior_context[[i]])))
     monkeypatch.setattr(base, "schedule", schedule)
-    weighted = loss(photos, tokens, weight, t, eps)[0]
+    weighted = torch.stack(loss(photos, tokens, weight, torch.cat([t, t]), torch.cat([eps, eps]),
+                                prior_z, prior_context))
     assert torch.allclose(weighted, (weights[0] * each[0] + weights[1] * each[1]) / 2)
 
 

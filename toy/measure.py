@@ -59,9 +59,10 @@ class Measured:
 
 
 def measure(clip, fps):
-    """clip (T, H, W, 3) uint8 -> Measured.
+    """clip (T, H, W, 3) uint8 with T >= 2, its frames per second -> Measured.
 
-    One sprite explains the whole clip. Its colours are fitted in each frame.
+    One sprite explains the whole clip. Its colours are fitted in each frame. Where half of the frames or more
+    are broken, shape, pattern, colour and direction are empty.
     """
     bank, clip = open_sprites(), clip / 255
     ground_name, ground = find_ground(clip)
@@ -262,7 +263,7 @@ def subject_sprites(name):
 
 
 def pixel_features(clip):
-    """(T, H, W, 3) uint8 -> (T, D) of length 1: the pixels less the clip's mean colour, in place of CLIP."""
+    """(T, H, W, 3) uint8 -> (T, H * W * 3) of length 1: less the clip's mean colour, in place of CLIP."""
     frames = torch.from_numpy(clip).float()
     return F.normalize((frames - frames.mean(dim=(0, 1, 2))).flatten(1), dim=1)
 

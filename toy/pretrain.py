@@ -37,7 +37,7 @@ from toy.world import FRAMES, SIZE, caption, draw_clip, random_scene
 # Standard deviation of the scaled latents. Large latents need more noise to hide which way a clip moves, so
 # the direction is decided earlier. The noise rises steeply at the end (`beta_end`). So the level where
 # sampling starts still shows little of a clip.
-LATENT_STD = 12
+LATENT_STD = 28
 CONFIG = BaseConfig(
     name="toy",
     schedule=ScheduleConfig(beta_end=0.025, latent_std=LATENT_STD),
@@ -46,7 +46,7 @@ CONFIG = BaseConfig(
     unet=UNetConfig(channels=48, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2),
                     head_channels=16, context_dim=64, norm_groups=8),
     sampling=SamplingDefaults(frames=FRAMES, height=SIZE, width=SIZE, fps=8, save_fps=8,
-                              prompt="a V* {class word} moving left on the sea", cfg=2.5, K=10),
+                              prompt="a V* {class word} moving left on the sea", cfg=2.5),
     training=TrainingDefaults(rank=8, lr=1.5e-3, steps=500, batch_size=2, num_prior=16,
                               images="toy/subjects/berry", class_word="heart"))
 

@@ -7,7 +7,7 @@ leaves the rest open.
 
 Every clip moves, whether or not its caption says so. A picture that stands still appears as a single frame
 only. VideoCrafter2 too was trained on moving clips and single pictures. So clips that repeat a photo are new
-to both bases.
+to this base, as to VideoCrafter2.
 
 Lengths are in pixels, angles in radians, colours are RGB in [0, 1]. Image coordinates: y grows downwards.
 Shapes: T frames, height H and width W; clips (T, H, W, 3) uint8.
@@ -107,7 +107,8 @@ def colour_words(look):
 def held_out(shape, look, ground, direction):
     """Whether text tower and UNet never see this: one combination in ten, and every look near a subject's.
 
-    The VAE's pictures have looks of all kinds.
+    Near are looks of the same pattern with both colours within 0.25 in every channel. The VAE's pictures have
+    looks of all kinds.
     """
     for _, subject in SUBJECTS.values():
         if (look.pattern == subject.pattern and difference(look.colour, subject.colour) < 0.25
@@ -120,7 +121,7 @@ def held_out(shape, look, ground, direction):
 
 
 def random_look(rng):
-    """A third of the looks are plain."""
+    """numpy Generator -> Look. A third of the looks are plain, a fifth have a face."""
     def colour(name):
         return tuple(np.clip(np.array(COLOURS[name]) + rng.uniform(-0.06, 0.06, 3), 0, 1))
 
@@ -253,7 +254,7 @@ def shape_distance(shape, u, v):
 
 
 def soft_edge(distance, radius):
-    """1 where the distance is positive, 0 elsewhere, with an edge one pixel wide."""
+    """Distance in radii, radius in pixels -> 1 where it is positive, else 0; the edge is a pixel wide."""
     return np.clip(distance * radius + 0.5, 0, 1)
 
 
