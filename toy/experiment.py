@@ -64,8 +64,7 @@ SCHEDULES = [
     Row("0.0 then 0.8, K = 5", lambdas="0*5,0.8*45"),
     Row("constant 1.0", lambdas="1*50")]
 
-# Trainings: name -> flags of train.py. The paper trains for long, at a low rate. In 500 steps this base
-# learns a subject's shape and main colour only.
+# Trainings: name -> flags of train.py. The paper trains for long, which is what freezes motion.
 LONG = {"rank": 32, "lr": 0.001, "steps": 1500, "save_every": 500, "keep_last": 3}
 THREE, TWICE = ("berry", "ember", "bee"), (0, 1)    # subjects, and the seeds that each is learned with
 # Each changes one setting of the first. The base's defaults are what this table found.

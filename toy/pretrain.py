@@ -1,12 +1,12 @@
 """Trains the embedded base from nothing: the VAE on pictures of the world, then text and UNet on its clips.
 
-    python toy/pretrain.py                  # all stages, a few hours on 2 CPU cores; the same command resumes
+    python toy/pretrain.py                  # all stages, hours on 2 CPU cores; the same command resumes
     python toy/pretrain.py --stage vae      # one stage: vae, latents, unet, export
     torchrun --nproc_per_node 2 toy/pretrain.py      # work shared by processes: faster on CPU cores too
 
 Each stage keeps its state in --out (runs/pretrain). `export` writes the base folder, toy/base. The classes
-are VideoCrafter2's, and so is the task: noise prediction with captions that drop out. Only CONFIG's numbers
-are small.
+are VideoCrafter2's, and so is the task: noise prediction with captions that drop out. CONFIG's numbers are
+small, and its `latent_std` gives Eq. 1 the weights of v-prediction.
 
 Shapes: N pictures, B clips, T frames, L text tokens; pictures (N, 3, 64, 64), latents z (B, 4, T, 8, 8).
 """
@@ -37,7 +37,7 @@ from toy.world import FRAMES, SIZE, caption, draw_clip, random_scene
 # Standard deviation of the scaled latents. Large latents need more noise to hide which way a clip moves, so
 # the direction is decided earlier. The noise rises steeply at the end (`beta_end`). So the level where
 # sampling starts still shows little of a clip.
-LATENT_STD = 28
+LATENT_STD = 20
 CONFIG = BaseConfig(
     name="toy",
     schedule=ScheduleConfig(beta_end=0.025, latent_std=LATENT_STD),
@@ -147,21 +147,21 @@ def scaled(pictures, device):
 # The clips' latents
 
 
-def draw_scenes(count):
-    """The scenes that text tower and UNet are trained on."""
+def training_scenes(count):
+    """-> the scenes that text tower and UNet are trained on, a list. A larger count only adds scenes."""
     rng = np.random.default_rng(3)
     return [random_scene(rng) for _ in range(count)]
 
 
 @torch.no_grad()
 def encode_clips(args, process):
-    """Draws --clips clips. Keeps their latents (B, T, 4, 8, 8), float16, and the factor that scales them."""
+    """Draws --clips clips. Keeps their latents (B, T, 4, 8, 8), float16, and their standard deviation."""
     path, batch, start = args.out / "latents.safetensors", 32, time.time()
     if path.exists():
         return
     vae = load_average(build_part("vae", CONFIG), "vae", args)
     vae.to(process.device, memory_format=torch.channels_last)
-    scenes, side = draw_scenes(args.clips), SIZE // CONFIG.vae.factor
+    scenes, side = training_scenes(args.clips), SIZE // CONFIG.vae.factor
     shape = (len(scenes), FRAMES, Z_CHANNELS, side, side)
     latents = torch.zeros(shape, dtype=torch.float16, device=process.device)
     batches = range(0, len(scenes), batch)
@@ -178,7 +178,7 @@ def encode_clips(args, process):
     if process.rank == 0:
         latents = latents.cpu()
         with complete_or_absent(path) as temporary:
-            save_file({"latents": latents, "factor": LATENT_STD / latents.float().std()}, temporary)
+            save_file({"latents": latents, "std": latents.float().std()}, temporary)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -206,7 +206,8 @@ def train_unet(args, process):
     """
     torch.manual_seed(0)
     data = load_file(made_by("latents", args.out / "latents.safetensors"))
-    scenes, latents = draw_scenes(len(data["latents"])), data["latents"].float() * data["factor"]
+    latents = data["latents"].float() * LATENT_STD / data["std"]
+    scenes = training_scenes(len(latents))
     schedule, tokenizer = NoiseSchedule(CONFIG.schedule), Tokenizer()
     network = NoisePredictor().to(process.device)
     network.eval()  # no dropout: there is more data than so small a network can learn by heart
@@ -243,7 +244,7 @@ def draw_batch(scenes, latents, step, single):
     described = [replace(scenes[k], direction="") if single else scenes[k] for k in chosen]
     captions = [caption(scene, rng) for scene in described]
     fps = torch.tensor([scene.fps for scene in described])
-    # Half of the noise levels come from the noisiest 60%: look, layout and motion are decided there.
+    # Half of the levels are drawn from the noisiest 60% alone: look, layout and motion are decided there.
     any_level = rng.integers(NOISE_LEVELS, size=len(chosen))
     noisy_level = 4 * NOISE_LEVELS // 10 + 6 * any_level // 10
     t = torch.from_numpy(np.where(rng.random(len(chosen)) < 1 / 2, any_level, noisy_level))
@@ -263,7 +264,7 @@ def export(args, process):
     networks = {"vae": load_average(build_part("vae", CONFIG), "vae", args), "unet": predictor.unet,
                 "text_encoder": predictor.text_encoder}
     # Words that no caption has were never trained. Their random rows become 0, so these words say nothing.
-    trained = Tokenizer()([caption(scene) for scene in draw_scenes(2000)]).unique()
+    trained = Tokenizer()([caption(scene) for scene in training_scenes(2000)]).unique()
     table = predictor.text_encoder.token_embedding.weight.data
     keep = torch.zeros(len(table), 1)
     keep[trained] = 1
@@ -275,7 +276,7 @@ def export(args, process):
         states[part] = {name: x.bfloat16().contiguous() for name, x in network.state_dict().items()}
         with complete_or_absent(args.base / f"{part}.safetensors") as temporary:
             save_file(states[part], temporary)
-    factor = load_file(args.out / "latents.safetensors")["factor"].item()
+    factor = LATENT_STD / load_file(made_by("latents", args.out / "latents.safetensors"))["std"].item()
     config = replace(CONFIG, fingerprint=fingerprint(states), vae=replace(CONFIG.vae, latent_factor=factor))
     config_path, *weights = base_files(args.base)
     with complete_or_absent(config_path) as temporary:
@@ -332,7 +333,7 @@ class Run:
 
     @classmethod
     def mix(cls, average, new, n):
-        """The n-th average. A young average keeps a ninth of its life, so it forgets the random start."""
+        """The n-th average. A young average reaches back a ninth of its steps, and forgets the start."""
         return average + max(1 - cls.EMA, 9 / (10 + n)) * (new - average)
 
     def optimize(self, loss, metrics):
