@@ -31,7 +31,7 @@ from torch.optim.swa_utils import AveragedModel
 from config import BaseConfig, SamplingDefaults, TrainingDefaults, check_flags
 from files import base_files, build_part, fingerprint, save_base_config
 from model import (NOISE_LEVELS, VAE, Z_CHANNELS, NoiseSchedule, ScheduleConfig, TextConfig, Tokenizer,
-                   UNetConfig, VAEConfig)
+                   UNetConfig, VAEConfig, pixels)
 from toy.world import FRAMES, SIZE, caption, draw_clip, random_scene
 
 # Standard deviation of the scaled latents. Large latents need more noise to hide which way a clip moves, so
@@ -109,7 +109,7 @@ def train_vae(args, process):
     while run.step < run.steps:
         rng = np.random.default_rng((2, run.step))
         chosen = rng.integers(len(pictures), size=batch)[process.rank::process.world]
-        x = scaled(pictures[chosen], process.device)
+        x = pixels(pictures[chosen]).to(process.device)
         if rng.random() < 0.5:
             x = x.flip(3)
         with args.autocast:
@@ -120,7 +120,7 @@ def train_vae(args, process):
 
 
 def draw_pictures(count, seed):
-    """-> (N, 3, 64, 64) uint8: a third from the world, the others sprites of any colour, size and turn.
+    """-> (N, 64, 64, 3) uint8: a third from the world, the others sprites of any colour, size and turn.
 
     Like VideoCrafter2's, this VAE has to code pictures that its UNet never saw, such as a subject's.
     """
@@ -135,12 +135,7 @@ def draw_pictures(count, seed):
             scene = replace(scene, look=look, direction="", radius=rng.uniform(12, 24),
                             angle=rng.uniform(-0.6, 0.6), start=tuple(rng.uniform(16, SIZE - 16, 2)))
         pictures.append(draw_clip(scene, frames=1, first=rng.integers(FRAMES))[0])
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-
-
-def scaled(pictures, device):
-    """(N, 3, H, W) uint8 -> [-1, 1] on the device."""
-    return pictures.to(device).float() / 127.5 - 1
+    return np.stack(pictures)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -167,7 +162,7 @@ def encode_clips(args, process):
     batches = range(0, len(scenes), batch)
     for n, first in enumerate(batches[process.rank::process.world]):
         clips = np.concatenate([draw_clip(scene) for scene in scenes[first:first + batch]])
-        x = scaled(torch.from_numpy(clips).permute(0, 3, 1, 2), process.device)
+        x = pixels(clips).to(process.device)
         with args.autocast:
             mean, _ = vae.moments(x.contiguous(memory_format=torch.channels_last))
         latents[first:first + batch] = mean.unflatten(0, (-1, FRAMES)).half()
