@@ -4,8 +4,8 @@
     python toy/experiment.py drift     # does what a caption leaves open stay the same through a clip?
     python toy/experiment.py decided   # at which sampling step is the direction of motion decided?
     python toy/experiment.py claim     # three subjects, each learned twice: constant lambda, the schedule
-    python toy/experiment.py steps     # one of them against training steps
-    python toy/experiment.py sweep     # one of them with other ranks, learning rates and priors
+    python toy/experiment.py steps     # the same trainings, earlier
+    python toy/experiment.py sweep     # one subject with other ranks, learning rates and priors
     python toy/experiment.py           # methods: the rows of the paper's Tables 1 and 2, on three subjects
 
 Each trains what it needs, prints a table, and writes the table with a picture into --out. Numbers are means
@@ -38,7 +38,7 @@ from files import load_base, load_subject, subject_fingerprint
 from model import Tokenizer
 from paper.evaluate import consistency
 from paper.protocol import PAPER, ROWS, Row, print_row, train_subjects
-from runs import saves
+from runs import saves, step_named
 from sample import ddim_steps, generate
 from toy.measure import likeness, measure, pixel_features, psnr, through_vae
 from toy.world import (DIRECTIONS, GROUNDS, SPEED, SUBJECTS, caption, colour_words, draw_clip, draw_photos,
@@ -186,17 +186,18 @@ def photos_of(name):
 
 
 def measure_steps(args, base):
-    """Constant lambda and two schedules on every save of one training of the claim."""
-    name, flags = next(iter(claim_trainings().items()))
-    rows = [CONSTANT_08, CONSTANT_04, PAPER_K5, K10]
-    lines = measure_saves(args, base, "steps", train_subjects(args, {name: flags}), rows)
+    """Constant lambda and two schedules on every save of the claim's trainings."""
+    folders = train_subjects(args, claim_trainings()).values()
+    groups = {f"{step_named(together[0])} steps": together for together in zip(*map(saves, folders))}
+    lines = measure_groups(args, base, "steps", groups, [CONSTANT_08, PAPER_K5, K10])
     if this_process().rank == 0:
         plot(args.out / "steps-plot.png", lines, ("direction", "distance", "frozen", "likeness"))
 
 
 def measure_sweep(args, base):
     """Constant lambda and the paper's schedule. One setting of the training changes at a time."""
-    measure_saves(args, base, "sweep", train_subjects(args, SWEEP), [CONSTANT_08, PAPER_K5])
+    groups = {name: [folder] for name, folder in train_subjects(args, SWEEP).items()}
+    measure_groups(args, base, "sweep", groups, [CONSTANT_08, PAPER_K5])
 
 
 def measure_methods(args, base):
@@ -297,21 +298,23 @@ class Line:
     means: dict = field(default_factory=dict)
 
 
-def measure_saves(args, base, title, folders, rows):
-    """A row for every save of every training and each of `rows`. Returns a Line for each of `rows`."""
+def measure_groups(args, base, title, groups, rows):
+    """A row for every group and each of `rows`. Returns a Line for each of `rows`.
+
+    groups: name -> folders with a subject.safetensors each, of equally long trainings. They share a row.
+    """
     learned = {}
-    for training, folder in folders.items():
-        paths = [save / "subject.safetensors" for save in saves(folder)]
-        learned[training] = [load_known_subject(path, base) for path in paths]
-    last = {training: subject_fingerprint(known[-1][0]) for training, known in learned.items()}
-    table = Table(args, base, title, {"subjects": last})
+    for group, folders in groups.items():
+        learned[group] = [load_known_subject(folder / "subject.safetensors", base) for folder in folders]
+    fingerprints = {group: [subject_fingerprint(subject) for subject, _ in known]
+                    for group, known in learned.items()}
+    table = Table(args, base, title, {"subjects": fingerprints})
     lines = [Line(row.name) for row in rows]
-    for training, known in learned.items():
-        for subject, name in known:
-            for row, line in zip(rows, lines):
-                named = replace(row, name=f"{training}, {subject.steps} steps, {row.name}")
-                numbers = measure_row(table, named, [(subject, name)])
-                line.means[subject.steps] = {metric: np.mean(values) for metric, values in numbers.items()}
+    for group, known in learned.items():
+        steps = known[0][0].steps
+        for row, line in zip(rows, lines):
+            numbers = measure_row(table, replace(row, name=f"{group}, {row.name}"), known)
+            line.means[steps] = {metric: np.mean(values) for metric, values in numbers.items()}
     return lines
 
 
@@ -472,7 +475,7 @@ EXPERIMENTS = {
     "drift": Experiment(measure_drift, 128),
     "decided": Experiment(measure_decision, 64),
     "claim": Experiment(measure_claim, 132),
-    "steps": Experiment(measure_steps, 32),
+    "steps": Experiment(measure_steps, 66),
     "sweep": Experiment(measure_sweep, 32),
     "methods": Experiment(measure_methods, 32)}
 
@@ -487,7 +490,7 @@ def parse_args():
                    help="claim: subject.safetensors learned from one of toy/subjects "
                         "(default: three subjects, each trained for long with two seeds)")
     p.add_argument("--clips", type=int,
-                   help="clips per row (default: base 256, claim 132, drift 128, decided 64, steps and sweep "
+                   help="clips per row (default: base 256, claim 132, drift 128, steps 66, decided 64, sweep "
                         "32, methods 32 per subject)")
     p.add_argument("--precision", choices=["float32", "bfloat16"], default="float32",
                    help="of the UNet that samples; bfloat16 takes half the time on a processor that knows it "
@@ -498,7 +501,7 @@ def parse_args():
     check_flags(args, {"clips": (1, 100_000)})
     check_out(args.out)
     args.clips, shares = args.clips or EXPERIMENTS[args.what].clips, len(claim_trainings())
-    if args.what == "claim" and not args.subject and args.clips % shares:
+    if args.what in ("claim", "steps") and not args.subject and args.clips % shares:
         raise BadInput(f"--clips {args.clips}: should be a multiple of {shares}, so that {shares} trainings "
                        f"share a row's clips equally")
     return args
