@@ -264,7 +264,7 @@ def test_unet_has_learned_what_captions_say(toy):
 
 
 def test_process_finds_the_step_at_which_motion_is_decided(tmp_path):
-    """By `experiment.py decided` six tenths of the directions are decided by step 3, nine tenths by step 5."""
+    """By `experiment.py decided` step 3 has decided six tenths of the directions, step 5 nine tenths."""
     done = run("sample.py", "--base", ROOT / "toy" / "base", "--subject", "none", "--show_process",
                "--prompt", "a red star moving left on the sea", "--num", 2, "--seed", 0, "--format", "png",
                cwd=tmp_path)

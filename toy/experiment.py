@@ -20,7 +20,7 @@ import copy
 import itertools
 import json
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Callable
@@ -65,9 +65,10 @@ SCHEDULES = [
 
 # Trainings: name -> flags of train.py. The paper trains for long, which is what freezes motion.
 LONG = {"steps": 1000, "save_every": 250, "keep_last": 4}
-THREE, TWICE = ("berry", "ember", "bee"), (0, 1)    # subjects, and the seeds that each is learned with
+NAMES = ("berry", "ember", "bee")   # the subjects that are learned
+SEEDS = (0, 1)                      # and the seeds that each is learned with
 # Each changes one setting of the first, which has the base's defaults.
-SHORT = {"steps": 500, "save_every": 500}
+SHORT = {"steps": 500}
 SWEEP = {
     "defaults": SHORT,
     "rank 2": SHORT | {"rank": 2},
@@ -78,7 +79,7 @@ SWEEP = {
     "no prior": SHORT | {"alpha": 0}}
 # For the rows of the paper's tables. Learning rates are the published ones times 67, as this base's own
 # rate is 67 times the paper's. All train for 500 steps, except "longer": twice as long, since the paper does
-# not say how long. In this order two processes share the work evenly.
+# not say how long. In this order two processes share the work evenly. ROWS names these trainings.
 CUSTOM_DIFFUSION = {"method": "custom_diffusion", "lr": 5.3e-3}
 DREAMVIDEO = {"method": "dreamvideo", "word_lr": 6.7e-3, "lr": 6.7e-4}
 TRAININGS = {
@@ -173,9 +174,9 @@ def measure_claim(args, base):
 
 
 def claim_trainings():
-    """Every subject of THREE, learned with every seed of TWICE: name -> flags of train.py."""
+    """Every subject, learned with every seed: name -> flags of train.py."""
     trainings = {}
-    for name, seed in itertools.product(THREE, TWICE):
+    for name, seed in itertools.product(NAMES, SEEDS):
         trainings[f"{name} seed {seed}"] = LONG | photos_of(name) | {"seed": seed}
     return trainings
 
@@ -188,9 +189,15 @@ def photos_of(name):
 def measure_steps(args, base):
     """Constant lambda and two schedules on every save of the claim's trainings."""
     folders = train_subjects(args, claim_trainings()).values()
-    groups = {f"{step_named(together[0])} steps": together for together in zip(*map(saves, folders))}
-    lines = measure_groups(args, base, "steps", groups, [CONSTANT_08, PAPER_K5, K10])
+    groups = {f"{step_named(equal[0])} steps": equal for equal in zip(*map(saves, folders))}
+    rows = [CONSTANT_08, PAPER_K5, K10]
+    measured = measure_groups(args, base, "steps", groups, rows)
     if this_process().rank == 0:
+        lines = [Line(row.name) for row in rows]
+        for (group, equal), row_numbers in zip(groups.items(), measured):
+            for line, numbers in zip(lines, row_numbers):
+                means = {metric: np.mean(values) for metric, values in numbers.items()}
+                line.means[step_named(equal[0])] = means
         plot(args.out / "steps-plot.png", lines, ("direction", "distance", "frozen", "likeness"))
 
 
@@ -203,13 +210,13 @@ def measure_sweep(args, base):
 def measure_methods(args, base):
     """Every method on three subjects, and last a table over the clips of all three."""
     trainings = {}
-    for name in THREE:
+    for name in NAMES:
         for training, flags in TRAININGS.items():
             trainings[f"{name} {training}"] = flags | photos_of(name)
     folders = train_subjects(args, trainings)
 
     together = [{} for _ in ROWS]
-    for name in THREE:
+    for name in NAMES:
         learned = {}
         for training in TRAININGS:
             path = folders[f"{name} {training}"] / "subject.safetensors"
@@ -221,7 +228,7 @@ def measure_methods(args, base):
             for metric, values in measure_row(table, row, [(subject, name)]).items():
                 numbers.setdefault(metric, []).extend(values)
     if this_process().rank == 0:
-        print(f"all {len(THREE)} subjects:")
+        print(f"all {len(NAMES)} subjects:")
         for row, numbers in zip(ROWS, together):
             print_row(row.name, numbers, row is ROWS[0])
 
@@ -265,7 +272,7 @@ def measure_row(table, row, learned):
     prompts ask for every direction on every ground in turn.
     """
     settings, share = table.base.config.sampling, table.args.clips // len(learned)
-    places = itertools.cycle(itertools.product(GROUNDS, DIRECTIONS))
+    places = itertools.cycle(itertools.product(GROUNDS, DIRECTIONS))    # of a scene, only these are asked for
     scenes = [replace(scene, ground=ground, direction=direction)
               for scene, (ground, direction) in zip(unseen_scenes(table.args.clips), places)]
     prompts = []
@@ -299,9 +306,9 @@ class Line:
 
 
 def measure_groups(args, base, title, groups, rows):
-    """A row for every group and each of `rows`. Returns a Line for each of `rows`.
+    """A row for every group and each of `rows`. Returns their numbers: a list of lists, group by group.
 
-    groups: name -> folders with a subject.safetensors each, of equally long trainings. They share a row.
+    groups: name -> folders with a subject.safetensors each, which share the clips of a row.
     """
     learned = {}
     for group, folders in groups.items():
@@ -309,13 +316,11 @@ def measure_groups(args, base, title, groups, rows):
     fingerprints = {group: [subject_fingerprint(subject) for subject, _ in known]
                     for group, known in learned.items()}
     table = Table(args, base, title, {"subjects": fingerprints})
-    lines = [Line(row.name) for row in rows]
+    measured = []
     for group, known in learned.items():
-        steps = known[0][0].steps
-        for row, line in zip(rows, lines):
-            numbers = measure_row(table, replace(row, name=f"{group}, {row.name}"), known)
-            line.means[steps] = {metric: np.mean(values) for metric, values in numbers.items()}
-    return lines
+        named = [replace(row, name=f"{group}, {row.name}") for row in rows]
+        measured.append([measure_row(table, row, known) for row in named])
+    return measured
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -331,7 +336,8 @@ class Table:
     def __init__(self, args, base, name, more_settings=None):
         self.args, self.base, self.rows, self.process = args, base, {}, this_process()
         self.settings = {"clips": args.clips, "base": base.config.fingerprint,
-                         "precision": str(next(base.unet.parameters()).dtype), **(more_settings or {})}
+                         "precision": str(next(base.unet.parameters()).dtype),
+                         "sampling": asdict(base.config.sampling), **(more_settings or {})}
         self.path = args.out / f"{name}.json"
         found = facts_beside(self.path)
         if found is not None:
@@ -381,6 +387,8 @@ class Table:
         if len(self.rows) > 1 and picture.exists():
             strips = [np.asarray(Image.open(picture))]
         films = [Image.fromarray(np.concatenate(list(clip), axis=1)) for clip in clips]
+        if len(films) % 2 and len(films) > 1:
+            films.append(Image.new("RGB", films[0].size, "white"))
         for i in range(0, len(films), 2):
             strips.append(np.asarray(labelled(films[i:i + 2], "" if i else name)))
         with complete_or_absent(picture) as temporary:
@@ -457,7 +465,7 @@ def panel(lines, metric, width, height):
     return image
 
 
-LINE_COLOURS = ("#c03020", "#808080", "#2050c0", "#208040")
+LINE_COLOURS = ("#c03020", "#2050c0", "#208040")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -487,11 +495,11 @@ def parse_args():
     p.add_argument("--base", type=Path, default=ROOT / "toy" / "base",
                    help="base folder (default: %(default)s)")
     p.add_argument("--subject", type=Path,
-                   help="claim: subject.safetensors learned from one of toy/subjects "
+                   help="for claim: subject.safetensors learned from one of toy/subjects "
                         "(default: three subjects, each trained for long with two seeds)")
+    numbers = ", ".join(f"{name} {experiment.clips}" for name, experiment in EXPERIMENTS.items())
     p.add_argument("--clips", type=int,
-                   help="clips per row (default: base 256, claim 132, drift 128, steps 66, decided 64, sweep "
-                        "32, methods 32 per subject)")
+                   help=f"clips per row, for methods per subject (default: {numbers})")
     p.add_argument("--precision", choices=["float32", "bfloat16"], default="float32",
                    help="of the UNet that samples; bfloat16 takes half the time on a processor that knows it "
                         "(default: %(default)s)")
@@ -500,7 +508,10 @@ def parse_args():
     args = p.parse_args()
     check_flags(args, {"clips": (1, 100_000)})
     check_out(args.out)
-    args.clips, shares = args.clips or EXPERIMENTS[args.what].clips, len(claim_trainings())
+    if args.subject and args.what != "claim":
+        raise BadInput(f"--subject {args.subject}: is for claim; {args.what} learns subjects of its own")
+    args.clips = args.clips or EXPERIMENTS[args.what].clips
+    shares = len(claim_trainings())
     if args.what in ("claim", "steps") and not args.subject and args.clips % shares:
         raise BadInput(f"--clips {args.clips}: should be a multiple of {shares}, so that {shares} trainings "
                        f"share a row's clips equally")

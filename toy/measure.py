@@ -2,10 +2,10 @@
 
     from toy.measure import measure, likeness
 
-Nothing to run here. The ground is the painted ground that most pixels agree with. Then every sprite of a bank
-is tried at every second row and column of every frame; a parabola through the gains refines the best place. A
-bank is a list of sprites of several shapes, patterns, angles and sizes. The gain of a sprite at p says how
-much nearer to the pixels the sprite is than the bare ground:
+Nothing to run here. The ground is the painted ground that most pixels agree with. A bank is a list of
+sprites of several shapes, patterns, angles and sizes. Each is tried at every second row and column of every
+frame; a parabola through the gains refines the best place. The gain of a sprite at p says how much nearer to
+the pixels the sprite is than the bare ground:
 
     gain(p) = sum_x m(x - p) [ (I(x) - G(x))^2 - (I(x) - S(x - p))^2 ]
 
@@ -52,7 +52,7 @@ class Measured:
     direction: str
     distance: float      # travelled from the first frame to the last, on a straight line fitted to the track
     frozen: bool         # whether the distance is too short, see FROZEN
-    broken: float        # share of frames that the clip's one drawing does not come near, see BROKEN
+    broken: float        # share of frames that the clip's drawing does not come near, see BROKEN
     colour_drift: float  # mean change of the fitted colours between two frames; black to white would be 1
     shape_drift: float   # of two neighbouring sprites' area, the mean share that only one of them covers
     track: np.ndarray    # (T, 2), the sprite's centre (x, y)
@@ -75,7 +75,7 @@ def measure(clip, fps):
         pattern, second, fitted = "plain", None, fitted[:, :1]
     look = Look(tuple(first), second if second is None else tuple(second), pattern)
 
-    # Compare the frames with the best drawing, with a face or without.
+    # Compare each frame with the best drawing, with a face or without.
     errors = []
     for face in (False, True):
         drawn = draw_sprite(ground, replace(scene, look=replace(look, face=face)), track)
@@ -83,7 +83,8 @@ def measure(clip, fps):
     broken = -10 * np.log10(np.min(errors, axis=0)) < BROKEN
     seen = broken.mean() < 0.5
 
-    # Compare the covers of neighbouring frames. Each frame has the cover of its own best sprite.
+    # Compare the covers of neighbouring frames, laid over one another. Each frame has the cover of its own best
+    # sprite. A face that never changes makes 0.05 of shape drift: the best sprite differs from frame to frame.
     outlines = bank.cover[gains.argmax(0), 0]                                       # (T, h, w)
     intersection = torch.minimum(outlines[1:], outlines[:-1]).sum((1, 2))
     union = torch.maximum(outlines[1:], outlines[:-1]).sum((1, 2))
@@ -263,7 +264,7 @@ def subject_sprites(name):
 
 
 def pixel_features(clip):
-    """(T, H, W, 3) uint8 -> (T, H * W * 3) of length 1: less the clip's mean colour, in place of CLIP."""
+    """(T, H, W, 3) uint8 -> (T, H * W * 3): less the clip's mean colour, scaled to length 1. For CLIP's."""
     frames = torch.from_numpy(clip).float()
     return F.normalize((frames - frames.mean(dim=(0, 1, 2))).flatten(1), dim=1)
 

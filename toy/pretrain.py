@@ -35,8 +35,8 @@ from model import (NOISE_LEVELS, VAE, Z_CHANNELS, NoiseSchedule, ScheduleConfig,
 from toy.world import FRAMES, SIZE, caption, draw_clip, random_scene
 
 # Standard deviation of the scaled latents. Large latents need more noise to hide which way a clip moves, so
-# the direction is decided earlier. The noise rises steeply at the end (`beta_end`). So the level where
-# sampling starts still shows little of a clip.
+# the direction is decided earlier. The noise rises steeply at the end (`beta_end`), so at the level where
+# sampling starts it still hides nearly all of a clip.
 LATENT_STD = 20
 CONFIG = BaseConfig(
     name="toy",
@@ -103,7 +103,7 @@ def train_vae(args, process):
     torch.manual_seed(process.rank)  # noise of its own for each process; all start from rank 0's weights
     vae = SampledVAE(CONFIG.vae).to(process.device, memory_format=torch.channels_last)
     run = Run("vae", args.out, process, vae, lr=1.5e-3, steps=args.vae_steps)
-    if run.step == run.steps:
+    if run.step >= run.steps:
         return
     pictures = draw_pictures(pool, seed=1)
     while run.step < run.steps:
@@ -206,10 +206,10 @@ def train_unet(args, process):
     schedule, tokenizer = NoiseSchedule(CONFIG.schedule), Tokenizer()
     network = NoisePredictor().to(process.device)
     network.eval()  # no dropout: there is more data than so small a network can learn by heart
-    # Words have to outweigh what a narrow tower's own layers add to them. The tower also has to learn slowly.
-    # Otherwise it soon says only what single frames need, and later the UNet never hears the directions.
+    # Words have to outweigh what a narrow tower's own layers add to them.
     nn.init.normal_(network.text_encoder.token_embedding.weight, std=0.5)
     nn.init.normal_(network.text_encoder.positional_embedding, std=0.2)
+    # A fast tower would soon say only what single frames need. Then the UNet would never hear the directions.
     run = Run("unet", args.out, process, network, lr=1e-3, steps=args.image_steps + args.clip_steps,
               slow=network.text_encoder)
     weight = schedule.loss_weight.to(process.device)
@@ -328,7 +328,7 @@ class Run:
 
     @classmethod
     def mix(cls, average, new, n):
-        """The n-th average. A young average reaches back a ninth of its steps, and forgets the start."""
+        """The n-th average. The first ones span about n / 9 steps, so the random start is forgotten."""
         return average + max(1 - cls.EMA, 9 / (10 + n)) * (new - average)
 
     def optimize(self, loss, metrics):
@@ -380,7 +380,7 @@ def parse_args():
     p.add_argument("--stage", choices=["all", *STAGES], default="all",
                    help="what to do (default: %(default)s)")
     p.add_argument("--out", type=Path, default=Path("runs/pretrain"),
-                   help="folder for the state of unfinished stages (default: %(default)s)")
+                   help="folder for every stage's state (default: %(default)s)")
     p.add_argument("--base", type=Path, default=Path("toy/base"),
                    help="folder that the base is written to (default: %(default)s)")
     p.add_argument("--vae_steps", type=int, default=9000, help="steps of 16 pictures (default: %(default)s)")

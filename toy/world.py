@@ -77,7 +77,7 @@ class Scene:
     texture: int = 0                     # which of the ground's TEXTURES
 
 
-# Text tower and UNet know a subject's shape. They never see its pattern in these two colours (held_out).
+# Text tower and UNet know a subject's shape. They never see its pattern in colours near these two (held_out).
 # name -> (class word, look)
 SUBJECTS = {
     "ember": ("star", Look((0.98, 0.55, 0.10), (0.62, 0.08, 0.10), "split", face=True)),
@@ -114,6 +114,7 @@ def held_out(shape, look, ground, direction):
         if (look.pattern == subject.pattern and difference(look.colour, subject.colour) < 0.25
                 and difference(look.second, subject.second) < 0.25):
             return True
+    # Any fixed mixing would do that leaves every word in some combination for training.
     number = (SHAPES.index(shape) + PATTERNS.index(look.pattern)
               + list(COLOURS).index(colour_name(look.colour)) + 3 * list(GROUNDS).index(ground)
               + 7 * list(DIRECTIONS).index(direction))
@@ -157,7 +158,7 @@ def random_start(rng, direction, fps):
 def caption(scene, rng=None, look=True):
     """Scene -> "a smiling red and white striped star moving left on the grass".
 
-    With a generator words drop out, even all of them. Without `look` nothing is said of it.
+    With a generator words drop out, even all of them. With look=False the look's words are left out.
     """
     def kept(probability):
         return rng is None or rng.random() < probability
@@ -254,7 +255,7 @@ def shape_distance(shape, u, v):
 
 
 def soft_edge(distance, radius):
-    """Distance in radii, radius in pixels -> 1 where it is positive, else 0; the edge is a pixel wide."""
+    """Distance in radii, radius in pixels -> 1 where the distance is positive, else 0; a pixel-wide edge."""
     return np.clip(distance * radius + 0.5, 0, 1)
 
 
