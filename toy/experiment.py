@@ -453,7 +453,7 @@ def panel(lines, metric, width, height):
     def at(steps, value):
         return 40 + (width - 60) * steps / max(all_steps), height - 20 - (height - 50) * value / top
 
-    pen.text((40, 6), metric, fill="black")
+    pen.text((40, 6), f"{metric}, against training steps", fill="black")
     for value in (0, top / 2, top):
         pen.line([at(0, value), at(max(all_steps), value)], fill="#dddddd")
         pen.text((8, at(0, value)[1] - 6), f"{value:.2g}", fill="black")
