@@ -94,7 +94,7 @@ RANGES = {
         "preview_every": (0, 10**7, "steps between previews, 0 for none")},
     BaseConfig: {"crc32": (0, 2**32 - 1)},
     ScheduleConfig: {"beta_start": (1e-9, 0.1), "beta_end": (1e-9, 0.1), "scale_end": (1e-3, 1),
-                     "scale_steps": (0, NOISE_LEVELS)},
+                     "scale_steps": (0, NOISE_LEVELS), "latent_std": (0, 1000)},
     TextConfig: {"width": (1, 8192), "heads": (1, 256), "layers": (1, 256)},
     VAEConfig: {"channels": (1, 4096), "channel_mult": (1, 64), "num_res_blocks": (1, 16),
                 "norm_groups": (1, 1024), "latent_factor": (1e-6, 1e6)},

@@ -239,8 +239,8 @@ class UNet(nn.Module):
             return [SpatialTransformer(channels, heads, cfg), TemporalTransformer(channels, heads, cfg)]
 
         # Upstream quirk: `init_attn` has 8 heads of 64, so it is 512 wide inside, and not 320.
-        self.input_blocks = nn.ModuleList([nn.ModuleList([
-            Conv(Z_CHANNELS, c), TemporalTransformer(c, 8, cfg)])])
+        init_attn = TemporalTransformer(c, 8, cfg)
+        self.input_blocks = nn.ModuleList([nn.ModuleList([Conv(Z_CHANNELS, c), init_attn])])
         skips = [c]
         for level, mult in enumerate(cfg.channel_mult):
             for _ in range(cfg.num_res_blocks):
@@ -313,12 +313,13 @@ class ScheduleConfig:
     beta_end: float = 0.012
     scale_end: float = 0.7  # upstream `use_scale`: the signal shrinks linearly to this ...
     scale_steps: int = 400  # ... over the first so many of the 1,000 noise levels
+    latent_std: float = 0.0  # of scaled latents, if Eq. 1 had v-prediction's weights (Salimans and Ho 2022)
 
 
 class NoiseSchedule:
     """z_t = sqrt(alpha_bar_t) * scale_t * z_0 + sqrt(1 - alpha_bar_t) * eps, for t = 0 ... 999.
 
-    Upstream lvdm/models/ddpm3d.py, `register_schedule` and `q_sample` with `use_scale`.
+    Upstream lvdm/models/ddpm3d.py, `register_schedule` and `q_sample` with `use_scale`. Tables are (1000,).
     """
 
     def __init__(self, cfg: ScheduleConfig):
@@ -328,11 +329,12 @@ class NoiseSchedule:
         # Upstream quirk: with scale_t the noisy latent's variance is not 1; the normal form is scale_t = 1.
         self.scale = torch.full((NOISE_LEVELS,), cfg.scale_end)
         self.scale[:cfg.scale_steps] = torch.linspace(1, cfg.scale_end, cfg.scale_steps)
+        snr = self.alpha_bar * (self.scale * cfg.latent_std) ** 2 / (1 - self.alpha_bar)
+        self.loss_weight = (1 + 1 / snr).clamp(max=100) if cfg.latent_std else torch.ones(NOISE_LEVELS)
 
     def add_noise(self, z_0, t, eps):
         """z_0, eps (B, C, T, H, W), t (B,) -> z_t (B, C, T, H, W). The forward process in Eq. 1."""
-        alpha_bar = self.alpha_bar.to(t.device)[t].view(-1, 1, 1, 1, 1)
-        scale = self.scale.to(t.device)[t].view(-1, 1, 1, 1, 1)
+        alpha_bar, scale = (x.to(t.device)[t].view(-1, 1, 1, 1, 1) for x in (self.alpha_bar, self.scale))
         return alpha_bar.sqrt() * scale * z_0 + (1 - alpha_bar).sqrt() * eps
 
 
@@ -420,9 +422,8 @@ class Encoder(nn.Module):
             for _ in range(cfg.num_res_blocks):
                 blocks.append(VAEResBlock(c, mult * cfg.channels, cfg.norm_groups))
                 c = mult * cfg.channels
-            last = level == len(cfg.channel_mult) - 1
-            self.down.append(nn.ModuleDict({"block": nn.Sequential(*blocks),
-                                            "downsample": nn.Identity() if last else VAEDownsample(c)}))
+            downsample = VAEDownsample(c) if level < len(cfg.channel_mult) - 1 else nn.Identity()
+            self.down.append(nn.ModuleDict({"block": nn.Sequential(*blocks), "downsample": downsample}))
         self.mid = vae_mid(c, cfg.norm_groups)
         self.norm_out = nn.GroupNorm(cfg.norm_groups, c, eps=1e-6)
         self.conv_out = nn.Conv2d(c, 2 * Z_CHANNELS, 3, padding=1)

@@ -52,6 +52,7 @@ class SubjectLoss(nn.Module):
     def forward(self, photos, tokens, weight, t, eps, prior_z=None, prior_context=None):
         """B subject clips, and B prior clips or none -> the losses of Eq. 1 and Eq. 3, two scalars.
 
+        Errors have the weights of noise levels that the base was trained with (VideoCrafter2's are 1).
         photos (B, 3, H, W) in [-1, 1]; tokens (B, L), captions with V*; weight (B, h, w) of the
         places, 1 on average; t (B or 2B,) in 0 ... 999; eps (B or 2B, 4, T, h, w); prior_z (B, 4, T, h, w);
         prior_context (B, L, D). 2B where there is a prior.
@@ -65,7 +66,7 @@ class SubjectLoss(nn.Module):
 
         z_t = base.schedule.add_noise(z_0, t, eps)
         error = (base.unet(z_t, t, torch.full_like(t, self.fps), context) - eps).pow(2)
-        error = error.mean(dim=(1, 2))                                      # (B or 2B, h, w)
+        error = base.schedule.loss_weight.to(t.device)[t].view(-1, 1, 1) * error.mean(dim=(1, 2))
         of_subject, of_prior = error[:len(photos)], error[len(photos):]
         subject_loss = (weight * of_subject).mean()                         # Eq. 1
         prior_loss = of_prior.mean() if len(of_prior) else torch.zeros_like(subject_loss)       # Eq. 3

@@ -38,6 +38,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     ({"unet": {"channel_mult": [1, 65]}}, "config.json: unet.channel_mult is 65; it should be from 1 to 64"),
     ({"sampling": {"eta": 1.5}}, "config.json: sampling.eta is 1.5; it should be from 0 to 1"),
     ({"training": {"lr": -1}}, "config.json: training.lr is -1.0; it should be from 0 to 1"),
+    ({"schedule": {"latent_std": -1}}, "schedule.latent_std is -1.0; it should be from 0 to 1000"),
     ({"sampling": {"K": 51}}, "config.json: sampling.K is 51; it should be at most sampling.steps, 50"),
     ({"sampling": {"steps": 50.0}}, "config.json: sampling.steps is 50.0, not int"),
     ({"name": 3}, "config.json: name is 3, not str"),

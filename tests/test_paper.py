@@ -61,6 +61,36 @@ def test_eq_1_the_unet_predicts_the_noise(base):
     assert prior_loss == 0                                                  # no clips of the class were given
 
 
+@torch.no_grad()
+def test_a_base_keeps_the_loss_weights_that_it_was_trained_with(base, monkeypatch):
+    """VideoCrafter2's are 1. With `latent_std` they turn the error of eps into that of v-prediction.
+
+    v = a eps - b z_0, where z_t = a z_0 + b eps for z_0 of variance 1 and a^2 + b^2 = 1.
+    """
+    assert torch.equal(NoiseSchedule(ScheduleConfig()).loss_weight, torch.ones(1000))
+
+    schedule = NoiseSchedule(ScheduleConfig(latent_std=3))
+    photos, tokens, weight, t, eps = small_batch()
+    signal, noise = schedule.alpha_bar[t] ** 0.5 * schedule.scale[t] * 3, (1 - schedule.alpha_bar[t]) ** 0.5
+    a, b = (x / (signal ** 2 + noise ** 2) ** 0.5 for x in (signal, noise))
+    z_0, wrong = torch.tensor(0.7), torch.tensor(0.1)  # a latent, and the error of the predicted noise
+    z_t = a * z_0 + b * eps[:, 0, 0, 0, 0]
+    found_z_0 = (z_t - b * (eps[:, 0, 0, 0, 0] + wrong)) / a
+    error_of_v = (a * wrong - b * (found_z_0 - z_0)) ** 2
+    assert torch.allclose(schedule.loss_weight[t] * wrong ** 2, error_of_v, rtol=1e-3)
+    assert NoiseSchedule(ScheduleConfig(latent_std=1)).loss_weight.max() == 100     # bounded
+
+    loss, weights, (prior_z, prior_context) = new_loss(base), schedule.loss_weight[t], small_prior()
+    each = []   # (Eq. 1, Eq. 3) of a subject clip and a prior clip at one level, with weights of 1
+    for i in range(2):
+        each.append(torch.stack(loss(photos[[i]], tokens[[i]], weight[[i]], t[[i, i]], eps[[i, i]],
+                                     prior_z[[i]], prior_context[[i]])))
+    monkeypatch.setattr(base, "schedule", schedule)
+    weighted = torch.stack(loss(photos, tokens, weight, torch.cat([t, t]), torch.cat([eps, eps]),
+                                prior_z, prior_context))
+    assert torch.allclose(weighted, (weights[0] * each[0] + weights[1] * each[1]) / 2)
+
+
 def test_each_photo_is_repeated_into_a_still_video():
     z = torch.randn(2, 4, 4, 6)
     video = still_video(z, 16)

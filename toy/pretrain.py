@@ -1,12 +1,12 @@
 """Trains the embedded base from nothing: the VAE on pictures of the world, then text and UNet on its clips.
 
-    python toy/pretrain.py                  # all stages, a few hours on 2 CPU cores; the same command resumes
+    python toy/pretrain.py                  # all stages, hours on 2 CPU cores; the same command resumes
     python toy/pretrain.py --stage vae      # one stage: vae, latents, unet, export
     torchrun --nproc_per_node 2 toy/pretrain.py      # work shared by processes: faster on CPU cores too
 
 Each stage keeps its state in --out (runs/pretrain). `export` writes the base folder, toy/base. The classes
-are VideoCrafter2's, and so is the task: noise prediction with captions that drop out. Only CONFIG's numbers
-are small.
+are VideoCrafter2's, and so is the task: noise prediction with captions that drop out. CONFIG's numbers are
+small, and its `latent_std` gives Eq. 1 the weights of v-prediction.
 
 Shapes: N pictures, B clips, T frames, L text tokens; pictures (N, 3, 64, 64), latents z (B, 4, T, 8, 8).
 """
@@ -31,24 +31,23 @@ from torch.optim.swa_utils import AveragedModel
 from config import BaseConfig, SamplingDefaults, TrainingDefaults, check_flags
 from files import base_files, build_part, fingerprint, save_base_config
 from model import (NOISE_LEVELS, VAE, Z_CHANNELS, NoiseSchedule, ScheduleConfig, TextConfig, Tokenizer,
-                   UNetConfig, VAEConfig)
-from toy.world import SIZE, caption, draw_clip, random_look, random_scene
+                   UNetConfig, VAEConfig, pixels)
+from toy.world import FRAMES, SIZE, caption, draw_clip, random_scene
 
-FRAMES = 8
 # Standard deviation of the scaled latents. Large latents need more noise to hide which way a clip moves, so
-# the direction is decided earlier. The noise rises steeply at the end (`beta_end`). So the level where
-# sampling starts still shows little of a clip.
-LATENT_STD = 12
+# the direction is decided earlier. The noise rises steeply at the end (`beta_end`), so at the level where
+# sampling starts it still hides nearly all of a clip.
+LATENT_STD = 20
 CONFIG = BaseConfig(
     name="toy",
-    schedule=ScheduleConfig(beta_end=0.025),
+    schedule=ScheduleConfig(beta_end=0.025, latent_std=LATENT_STD),
     text=TextConfig(width=64, heads=4, layers=2),
     vae=VAEConfig(channels=16, channel_mult=(1, 2, 4, 4), num_res_blocks=1, norm_groups=4),
-    unet=UNetConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2),
+    unet=UNetConfig(channels=48, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2),
                     head_channels=16, context_dim=64, norm_groups=8),
     sampling=SamplingDefaults(frames=FRAMES, height=SIZE, width=SIZE, fps=8, save_fps=8,
-                              prompt="a V* {class word} moving left on the sea", cfg=2.5, K=10),
-    training=TrainingDefaults(rank=8, lr=1.5e-3, steps=500, batch_size=2, num_prior=16,
+                              prompt="a V* {class word} moving left on the sea", cfg=2.5),
+    training=TrainingDefaults(rank=32, lr=2e-3, steps=500, batch_size=2, num_prior=16,
                               images="toy/subjects/berry", class_word="heart"))
 
 
@@ -100,17 +99,17 @@ class SampledVAE(VAE):
 
 def train_vae(args, process):
     """Reconstruction, and a weak pull of the latent's distribution towards N(0, 1), as in AutoencoderKL."""
-    batch, pool, kl_weight = 16, 12_000, 1e-6
+    batch, pool, kl_weight = 16, 20_000, 1e-6
     torch.manual_seed(process.rank)  # noise of its own for each process; all start from rank 0's weights
     vae = SampledVAE(CONFIG.vae).to(process.device, memory_format=torch.channels_last)
-    run = Run("vae", args.out, process, vae, lr=2e-3, steps=args.vae_steps)
-    if run.step == run.steps:
+    run = Run("vae", args.out, process, vae, lr=1.5e-3, steps=args.vae_steps)
+    if run.step >= run.steps:
         return
     pictures = draw_pictures(pool, seed=1)
     while run.step < run.steps:
         rng = np.random.default_rng((2, run.step))
         chosen = rng.integers(len(pictures), size=batch)[process.rank::process.world]
-        x = scaled(pictures[chosen], process.device)
+        x = pixels(pictures[chosen]).to(process.device)
         if rng.random() < 0.5:
             x = x.flip(3)
         with args.autocast:
@@ -121,48 +120,51 @@ def train_vae(args, process):
 
 
 def draw_pictures(count, seed):
-    """-> (N, 3, 64, 64) uint8: a third from the world, the others sprites of any look, size and turn."""
+    """-> (N, 64, 64, 3) uint8: a third from the world, the others sprites of any colour, size and turn.
+
+    Like VideoCrafter2's, this VAE has to code pictures that its UNet never saw, such as a subject's.
+    """
     rng = np.random.default_rng(seed)
     pictures = []
     for i in range(count):
         scene = random_scene(rng)
         if i % 3:
-            scene = replace(scene, look=random_look(rng), direction="", radius=rng.uniform(12, 24),
+            look = replace(scene.look, colour=tuple(rng.uniform(0.05, 1, 3)))
+            if look.second:
+                look = replace(look, second=tuple(rng.uniform(0.05, 1, 3)))
+            scene = replace(scene, look=look, direction="", radius=rng.uniform(12, 24),
                             angle=rng.uniform(-0.6, 0.6), start=tuple(rng.uniform(16, SIZE - 16, 2)))
         pictures.append(draw_clip(scene, frames=1, first=rng.integers(FRAMES))[0])
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-
-
-def scaled(pictures, device):
-    """(N, 3, H, W) uint8 -> [-1, 1] on the device."""
-    return pictures.to(device).float() / 127.5 - 1
+    return np.stack(pictures)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The clips' latents
 
 
-def draw_scenes(count):
-    """The scenes that text tower and UNet are trained on."""
+def training_scenes(count):
+    """-> the scenes that text tower and UNet are trained on, a list. A larger count only adds scenes."""
     rng = np.random.default_rng(3)
-    return [random_scene(rng, FRAMES) for _ in range(count)]
+    return [random_scene(rng) for _ in range(count)]
 
 
 @torch.no_grad()
 def encode_clips(args, process):
-    """Draws --clips clips. Keeps their latents (B, T, 4, 8, 8), float16, and the factor that scales them."""
+    """Draws --clips clips. Keeps their latents (B, T, 4, 8, 8), float16, and their standard deviation."""
     path, batch, start = args.out / "latents.safetensors", 32, time.time()
     if path.exists():
         return
     vae = load_average(build_part("vae", CONFIG), "vae", args)
     vae.to(process.device, memory_format=torch.channels_last)
-    scenes, side = draw_scenes(args.clips), SIZE // CONFIG.vae.factor
+    scenes, side = training_scenes(args.clips), SIZE // CONFIG.vae.factor
     shape = (len(scenes), FRAMES, Z_CHANNELS, side, side)
     latents = torch.zeros(shape, dtype=torch.float16, device=process.device)
     batches = range(0, len(scenes), batch)
     for n, first in enumerate(batches[process.rank::process.world]):
-        clips = np.concatenate([draw_clip(scene, FRAMES) for scene in scenes[first:first + batch]])
-        mean, _ = vae.moments(scaled(torch.from_numpy(clips).permute(0, 3, 1, 2), process.device))
+        clips = np.concatenate([draw_clip(scene) for scene in scenes[first:first + batch]])
+        x = pixels(clips).to(process.device)
+        with args.autocast:
+            mean, _ = vae.moments(x.contiguous(memory_format=torch.channels_last))
         latents[first:first + batch] = mean.unflatten(0, (-1, FRAMES)).half()
         if n % 50 == 0 and process.rank == 0:
             print(f"latents {first}/{len(scenes)}  {time.time() - start:.0f} s", flush=True)
@@ -171,7 +173,7 @@ def encode_clips(args, process):
     if process.rank == 0:
         latents = latents.cpu()
         with complete_or_absent(path) as temporary:
-            save_file({"latents": latents, "factor": LATENT_STD / latents.float().std()}, temporary)
+            save_file({"latents": latents, "std": latents.float().std()}, temporary)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -187,28 +189,32 @@ class NoisePredictor(nn.Module):
 
     def forward(self, z_t, t, fps, tokens):
         """z_t (B, 4, T, h, w), t (B,), fps (B,), tokens (B, L) -> eps (B, 4, T, h, w)"""
-        # Of PyTorch's ways to attend on a CPU, the plain product is the fastest for sequences this short.
+        # Of PyTorch's ways to attend, the plain product is the fastest where sequences are as short as here.
         with sdpa_kernel(SDPBackend.MATH):
             return self.unet(z_t, t, fps, self.text_encoder(tokens))
 
 
 def train_unet(args, process):
-    """Eq. 1 on single frames, which are 8 times cheaper; then on clips with a share of single frames."""
+    """Eq. 1 on single frames and clips: at first three of four steps are on frames, later one.
+
+    A step on 64 frames is cheaper than one on 16 clips, and shows four times as many looks with their names.
+    """
     torch.manual_seed(0)
     data = load_file(made_by("latents", args.out / "latents.safetensors"))
-    scenes, latents = draw_scenes(len(data["latents"])), data["latents"].float() * data["factor"]
+    latents = data["latents"].float() * LATENT_STD / data["std"]
+    scenes = training_scenes(len(latents))
     schedule, tokenizer = NoiseSchedule(CONFIG.schedule), Tokenizer()
     network = NoisePredictor().to(process.device)
     network.eval()  # no dropout: there is more data than so small a network can learn by heart
-    # Words have to outweigh what a narrow tower's own layers add to them. The tower also has to learn slowly.
-    # Otherwise it soon says only what single frames need, and later the UNet never hears the directions.
+    # Words have to outweigh what a narrow tower's own layers add to them.
     nn.init.normal_(network.text_encoder.token_embedding.weight, std=0.5)
     nn.init.normal_(network.text_encoder.positional_embedding, std=0.2)
+    # A fast tower would soon say only what single frames need. Then the UNet would never hear the directions.
     run = Run("unet", args.out, process, network, lr=1e-3, steps=args.image_steps + args.clip_steps,
               slow=network.text_encoder)
-    weight = v_prediction_weight(schedule).to(process.device)
+    weight = schedule.loss_weight.to(process.device)
     while run.step < run.steps:
-        single = run.step < args.image_steps or run.step % 8 == 0
+        single = run.step % 4 > 0 if run.step < args.image_steps else run.step % 4 == 0
         *tensors, captions = draw_batch(scenes, latents, run.step, single)
         z_0, t, fps, eps = (x[process.rank::process.world].to(process.device) for x in tensors)
         tokens = tokenizer(captions[process.rank::process.world]).to(process.device)
@@ -217,17 +223,6 @@ def train_unet(args, process):
         error = (eps_predicted.float() - eps).pow(2)
         loss = (weight[t] * error.mean(dim=(1, 2, 3, 4))).mean()                    # Eq. 1, weighted
         run.optimize(loss, {"images" if single else "clips": loss})
-
-
-def v_prediction_weight(schedule):
-    """Weight of Eq. 1 at each noise level (1000,).
-
-    Where noise hides nearly everything, the plain loss is near 0 whatever the layout and the motion. This
-    weight makes it the loss of v-prediction (Salimans and Ho 2022, Sec. 4), about equal at every level. The
-    bound is for the last levels, where nothing is left to see: they must not outweigh the rest.
-    """
-    signal = schedule.alpha_bar * (schedule.scale * LATENT_STD) ** 2
-    return (1 + (1 - schedule.alpha_bar) / signal).clamp(max=100)
 
 
 def draw_batch(scenes, latents, step, single):
@@ -244,10 +239,10 @@ def draw_batch(scenes, latents, step, single):
     described = [replace(scenes[k], direction="") if single else scenes[k] for k in chosen]
     captions = [caption(scene, rng) for scene in described]
     fps = torch.tensor([scene.fps for scene in described])
-    # A third of the noise levels come from the noisiest 30%: layout and motion are decided there.
+    # Half of the levels are drawn from the noisiest 60% alone: look, layout and motion are decided there.
     any_level = rng.integers(NOISE_LEVELS, size=len(chosen))
-    noisy_level = 7 * NOISE_LEVELS // 10 + 3 * any_level // 10
-    t = torch.from_numpy(np.where(rng.random(len(chosen)) < 2 / 3, any_level, noisy_level))
+    noisy_level = 4 * NOISE_LEVELS // 10 + 6 * any_level // 10
+    t = torch.from_numpy(np.where(rng.random(len(chosen)) < 1 / 2, any_level, noisy_level))
     eps = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(step))
     return z_0, t, fps, eps, captions
 
@@ -264,7 +259,7 @@ def export(args, process):
     networks = {"vae": load_average(build_part("vae", CONFIG), "vae", args), "unet": predictor.unet,
                 "text_encoder": predictor.text_encoder}
     # Words that no caption has were never trained. Their random rows become 0, so these words say nothing.
-    trained = Tokenizer()([caption(scene) for scene in draw_scenes(2000)]).unique()
+    trained = Tokenizer()([caption(scene) for scene in training_scenes(2000)]).unique()
     table = predictor.text_encoder.token_embedding.weight.data
     keep = torch.zeros(len(table), 1)
     keep[trained] = 1
@@ -276,7 +271,7 @@ def export(args, process):
         states[part] = {name: x.bfloat16().contiguous() for name, x in network.state_dict().items()}
         with complete_or_absent(args.base / f"{part}.safetensors") as temporary:
             save_file(states[part], temporary)
-    factor = load_file(args.out / "latents.safetensors")["factor"].item()
+    factor = LATENT_STD / load_file(made_by("latents", args.out / "latents.safetensors"))["std"].item()
     config = replace(CONFIG, fingerprint=fingerprint(states), vae=replace(CONFIG.vae, latent_factor=factor))
     config_path, *weights = base_files(args.base)
     with complete_or_absent(config_path) as temporary:
@@ -333,13 +328,13 @@ class Run:
 
     @classmethod
     def mix(cls, average, new, n):
-        """The n-th average. A young average keeps a ninth of its life, so it forgets the random start."""
+        """The n-th average. The first ones span about n / 9 steps, so the random start is forgotten."""
         return average + max(1 - cls.EMA, 9 / (10 + n)) * (new - average)
 
     def optimize(self, loss, metrics):
         """One optimizer step on a scalar loss. Loss and metrics are averaged into the next log line."""
         warm_up = (self.step + 1) / 100
-        decay = 0.02 + 4 * (1 - self.step / self.steps)  # below 1 in the last quarter
+        decay = 0.02 + 2 * (1 - self.step / self.steps)  # below 1 in the last half
         lr = self.lr * min(1, warm_up, decay)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
@@ -385,15 +380,15 @@ def parse_args():
     p.add_argument("--stage", choices=["all", *STAGES], default="all",
                    help="what to do (default: %(default)s)")
     p.add_argument("--out", type=Path, default=Path("runs/pretrain"),
-                   help="folder for the state of unfinished stages (default: %(default)s)")
+                   help="folder for every stage's state (default: %(default)s)")
     p.add_argument("--base", type=Path, default=Path("toy/base"),
                    help="folder that the base is written to (default: %(default)s)")
-    p.add_argument("--vae_steps", type=int, default=4400, help="steps of 16 pictures (default: %(default)s)")
-    p.add_argument("--image_steps", type=int, default=1000,
-                   help="first steps of the UNet, on 64 single frames each (default: %(default)s)")
-    p.add_argument("--clip_steps", type=int, default=8000,
-                   help="further steps of the UNet, on 16 clips each (default: %(default)s)")
-    p.add_argument("--clips", type=int, default=8000,
+    p.add_argument("--vae_steps", type=int, default=9000, help="steps of 16 pictures (default: %(default)s)")
+    p.add_argument("--image_steps", type=int, default=3000,
+                   help="first steps of the UNet, three of four on 64 single frames (default: %(default)s)")
+    p.add_argument("--clip_steps", type=int, default=14000,
+                   help="further steps of the UNet, three of four on 16 clips (default: %(default)s)")
+    p.add_argument("--clips", type=int, default=16000,
                    help="clips that are drawn and encoded once (default: %(default)s)")
     args = p.parse_args()
     check_flags(args, {"vae_steps": (1, 10**7), "image_steps": (0, 10**7), "clip_steps": (0, 10**7),

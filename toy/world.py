@@ -2,13 +2,16 @@
 
     python toy/world.py     # draws samples into outputs/world.png, the subjects' photos into toy/subjects/
 
+A sprite is plain or has a pattern of two colours. It has a face or none. A caption names some of that and
+leaves the rest open.
+
 Every clip moves, whether or not its caption says so. A picture that stands still appears as a single frame
 only. VideoCrafter2 too was trained on moving clips and single pictures. So clips that repeat a photo are new
-to both bases.
+to this base, as to VideoCrafter2.
 
 Lengths are in pixels, angles in radians, colours are RGB in [0, 1]. Image coordinates: y grows downwards.
+Shapes: T frames, height H and width W; clips (T, H, W, 3) uint8.
 """
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,17 +20,19 @@ import numpy as np
 from PIL import Image
 
 SIZE = 64      # height and width
-TEXTURES = 4   # different places of each ground
+TEXTURES = 4   # pictures of each ground
+FRAMES = 8     # of a clip
 SPEED = 26.0   # pixels per second: in 8 frames at 8 frames per second a sprite travels 23 pixels
 
 SHAPES = ("circle", "square", "triangle", "star", "heart")
-COLOURS = {"red": (0.86, 0.16, 0.16), "yellow": (0.96, 0.80, 0.12), "green": (0.18, 0.72, 0.20),
-           "blue": (0.16, 0.36, 0.90), "purple": (0.58, 0.22, 0.76), "white": (0.95, 0.95, 0.95)}
+PATTERNS = ("plain", "striped", "split", "ringed")   # as captions say it; nobody says "plain"
+COLOURS = {"red": (0.86, 0.16, 0.16), "orange": (0.96, 0.52, 0.10), "yellow": (0.96, 0.80, 0.12),
+           "green": (0.18, 0.72, 0.20), "blue": (0.16, 0.36, 0.90), "purple": (0.58, 0.22, 0.76),
+           "pink": (0.97, 0.58, 0.74), "white": (0.95, 0.95, 0.95), "black": (0.12, 0.12, 0.14)}
 GROUNDS = {"grass": (0.42, 0.58, 0.34), "sand": (0.80, 0.68, 0.48), "sea": (0.30, 0.56, 0.66),
            "night": (0.13, 0.14, 0.26), "snow": (0.80, 0.84, 0.90)}
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-PATTERNS = ("plain", "stripes", "dots", "halves", "core")
-WHITE, BLACK = np.array((1.0, 1.0, 1.0)), np.array((0.05, 0.05, 0.1))  # of a face
+WHITE, BLACK = (1.0, 1.0, 1.0), (0.05, 0.05, 0.1)   # of a face
 
 
 def main():
@@ -46,14 +51,14 @@ def main():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Scenes and captions
+# Looks, scenes, captions
 
 
 @dataclass(frozen=True)
 class Look:
-    """How a sprite's body is painted. The UNet's training sees plain looks only."""
+    """How a sprite's body is painted."""
     colour: tuple
-    second: tuple = None         # the second colour of a pattern
+    second: tuple = None         # the pattern's colour; None for a plain body
     pattern: str = "plain"       # one of PATTERNS
     face: bool = False
 
@@ -64,63 +69,110 @@ class Scene:
     shape: str
     look: Look
     ground: str
-    direction: str               # empty for a sprite that stands still
-    colour: str = ""             # the colour's name, for the caption; empty for a look without such a name
-    start: tuple = (32.0, 32.0)  # the sprite's centre (x, y) in the first frame
+    direction: str                       # empty for a sprite that stands still
+    start: tuple = (SIZE / 2, SIZE / 2)  # the sprite's centre (x, y) in the first frame
     radius: float = 16.0
     angle: float = 0.0
     fps: int = 8
-    texture: int = 0             # which of the ground's TEXTURES
+    texture: int = 0                     # which of the ground's TEXTURES
 
 
-def held_out(shape, colour, ground, direction):
-    """Whether training never sees this combination: one combination in ten."""
-    number = (SHAPES.index(shape) + list(COLOURS).index(colour) + 3 * list(GROUNDS).index(ground)
+# Text tower and UNet know a subject's shape. They never see its pattern in colours near these two (held_out).
+# name -> (class word, look)
+SUBJECTS = {
+    "ember": ("star", Look((0.98, 0.55, 0.10), (0.62, 0.08, 0.10), "split", face=True)),
+    "bee": ("circle", Look((0.98, 0.80, 0.10), (0.12, 0.10, 0.10), "striped")),
+    "gift": ("square", Look((0.10, 0.62, 0.60), (0.98, 0.55, 0.70), "ringed")),
+    "berry": ("heart", Look((0.92, 0.16, 0.32), (1.00, 0.90, 0.55), "split")),
+    "flag": ("triangle", Look((0.95, 0.95, 0.95), (0.10, 0.25, 0.65), "striped")),
+}
+
+
+def difference(colour, other):
+    """The largest difference of two colours in any channel."""
+    return np.abs(np.subtract(colour, other)).max()
+
+
+def colour_name(rgb):
+    """The name of the nearest named colour."""
+    return min(COLOURS, key=lambda name: difference(rgb, COLOURS[name]))
+
+
+def colour_words(look):
+    """"red", or "red and white" for two colours."""
+    names = colour_name(look.colour)
+    return f"{names} and {colour_name(look.second)}" if look.second else names
+
+
+def held_out(shape, look, ground, direction):
+    """Whether text tower and UNet never see this: one combination in ten, and every look near a subject's.
+
+    Near are looks of the same pattern with both colours within 0.25 in every channel. The VAE's pictures have
+    looks of all kinds.
+    """
+    for _, subject in SUBJECTS.values():
+        if (look.pattern == subject.pattern and difference(look.colour, subject.colour) < 0.25
+                and difference(look.second, subject.second) < 0.25):
+            return True
+    # Any fixed mixing would do that leaves every word in some combination for training.
+    number = (SHAPES.index(shape) + PATTERNS.index(look.pattern)
+              + list(COLOURS).index(colour_name(look.colour)) + 3 * list(GROUNDS).index(ground)
               + 7 * list(DIRECTIONS).index(direction))
     return number % 10 == 0
 
 
-def random_scene(rng, frames=8, unseen=False):
+def random_look(rng):
+    """numpy Generator -> Look. A third of the looks are plain, a fifth have a face."""
+    def colour(name):
+        return tuple(np.clip(np.array(COLOURS[name]) + rng.uniform(-0.06, 0.06, 3), 0, 1))
+
+    first, second = (colour(name) for name in rng.choice(list(COLOURS), 2, replace=False))
+    pattern = str(rng.choice(PATTERNS[1:])) if rng.random() < 2 / 3 else "plain"
+    return Look(first, None if pattern == "plain" else second, pattern, face=bool(rng.random() < 0.2))
+
+
+def random_scene(rng, unseen=False):
     """numpy Generator -> Scene. With `unseen` all scenes are held-out combinations, without it none is."""
     while True:
-        shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
-        ground, direction = rng.choice(list(GROUNDS)), rng.choice(list(DIRECTIONS))
-        if held_out(shape, colour, ground, direction) == unseen:
+        shape, look = str(rng.choice(SHAPES)), random_look(rng)
+        ground, direction = str(rng.choice(list(GROUNDS))), str(rng.choice(list(DIRECTIONS)))
+        if held_out(shape, look, ground, direction) == unseen:
             break
     fps = int(rng.choice([6, 8, 8, 8, 12]))
-    rgb = np.clip(np.array(COLOURS[colour]) + rng.uniform(-0.04, 0.04, 3), 0, 1)
-    start = random_start(rng, direction, fps, frames)
-    return Scene(shape, Look(tuple(rgb)), ground, direction, colour, start, radius=rng.uniform(15, 18),
+    start = random_start(rng, direction, fps)
+    return Scene(shape, look, ground, direction, start, radius=rng.uniform(15, 18),
                  angle=rng.uniform(-0.3, 0.3), fps=fps, texture=int(rng.integers(TEXTURES)))
 
 
-def random_start(rng, direction, fps, frames):
+def random_start(rng, direction, fps):
     """(x, y) somewhat behind the middle: the sprite crosses the middle and heads out.
 
     So the first frame and the last differ, as in filmed clips. If every path were centred, a clip played
     backwards would be as likely as the clip itself. Then no network would learn the order of frames before
     it knew the captions' words.
     """
-    travel = SPEED / fps * (frames - 1)
+    travel = SPEED / fps * (FRAMES - 1)
     return tuple(SIZE / 2 + rng.uniform(-5, 5, 2) - 0.3 * travel * np.array(DIRECTIONS[direction]))
 
 
-def random_look(rng):
-    """Any look at all, for the VAE. Like VideoCrafter2's VAE it has to code pictures new to the UNet."""
-    colour, second = tuple(rng.uniform(0.05, 1, 3)), tuple(rng.uniform(0.05, 1, 3))
-    return Look(colour, second, str(rng.choice(PATTERNS)), bool(rng.random() < 0.4))
+def caption(scene, rng=None, look=True):
+    """Scene -> "a smiling red and white striped star moving left on the grass".
 
-
-def caption(scene, rng=None):
-    """Scene -> "a red star moving left on the grass". With a generator words drop out, even all of them."""
+    With a generator words drop out, even all of them. With look=False the look's words are left out.
+    """
     def kept(probability):
         return rng is None or rng.random() < probability
 
     if not kept(0.9):
         return ""
     text = "a"
-    if scene.colour and kept(0.7):
-        text += f" {scene.colour}"
+    if look:
+        if scene.look.face and kept(0.7):
+            text += " smiling"
+        if kept(0.7):
+            text += f" {colour_words(scene.look)}"
+        if scene.look.second and kept(0.7):
+            text += f" {scene.look.pattern}"
     text += f" {scene.shape}"
     if scene.direction and kept(0.85):
         text += f" moving {scene.direction}"
@@ -130,20 +182,21 @@ def caption(scene, rng=None):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Drawing. Pictures are (64, 64, 3) float in [0, 1] until the end.
+# Drawing. Pictures are (H, W, 3) floats, about in [0, 1]; draw_clip clips them. u and v are a sprite's own
+# coordinates, in units of its radius.
 
-Y, X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float64) + 0.5  # the pixels' centres, (64, 64) each
+Y, X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5  # the pixels' centres, (H, W) each
 
 
 def smooth_noise(rng, cells):
-    """cells (rows, columns) of noise, enlarged to (64, 64). Fewer cells give softer noise."""
+    """cells (rows, columns) of noise, enlarged to (H, W). Fewer cells give softer noise."""
     noise = Image.fromarray(rng.standard_normal(cells).astype(np.float32))
     return np.asarray(noise.resize((SIZE, SIZE), Image.BICUBIC))
 
 
 @lru_cache
 def draw_ground(name, texture):
-    """-> (64, 64, 3), the same for the same name and texture."""
+    """-> (H, W, 3), the same for the same name and texture."""
     rng = np.random.default_rng((list(GROUNDS).index(name), texture))
     shade = 0.035 * smooth_noise(rng, (5, 5)) + 0.05 * (Y / SIZE - 0.5)
     if name == "grass":
@@ -155,7 +208,7 @@ def draw_ground(name, texture):
     elif name == "night":
         for x, y in rng.uniform(3, SIZE - 3, (7, 2)):
             shade = shade + 0.35 * np.exp(-((X - x) ** 2 + (Y - y) ** 2) / 1.1)
-    return np.array(GROUNDS[name]) + shade[..., None]
+    return (np.array(GROUNDS[name]) + shade[..., None]).astype(np.float32)
 
 
 def polygon_distance(u, v, corners):
@@ -183,8 +236,8 @@ def star_corners():
 
 def heart_corners():
     a = np.linspace(0, 2 * np.pi, 32, endpoint=False)
-    height = 13 * np.cos(a) - 5 * np.cos(2 * a) - 2 * np.cos(3 * a) - np.cos(4 * a)
-    return np.stack([16 * np.sin(a) ** 3, -height - 2], axis=1) / 17
+    height = 13 * np.cos(a) - 5 * np.cos(2 * a) - 2 * np.cos(3 * a) - np.cos(4 * a) + 2
+    return np.stack([16 * np.sin(a) ** 3, -height], axis=1) / 17
 
 
 CORNERS = {"triangle": triangle_corners(), "star": star_corners(), "heart": heart_corners()}
@@ -201,87 +254,90 @@ def shape_distance(shape, u, v):
     return polygon_distance(u, v, CORNERS[shape]) - 0.06
 
 
-def paint(look, u, v, radius):
-    """The body's colour (64, 64, 3) at the points (u, v), which are in units of the radius."""
-    def soft(distance):
-        """1 where the distance is positive, with a soft edge one pixel wide."""
-        return np.clip(distance * radius + 0.5, 0, 1)
+def soft_edge(distance, radius):
+    """Distance in radii, radius in pixels -> 1 where the distance is positive, else 0; a pixel-wide edge."""
+    return np.clip(distance * radius + 0.5, 0, 1)
 
-    if look.pattern == "stripes":
-        second = soft(np.abs((u * 1.25 + 0.25) % 1 - 0.5) - 0.25)
-    elif look.pattern == "dots":
-        second = soft(0.24 - np.hypot((u + 0.35) % 0.7 - 0.35, (v + 0.35) % 0.7 - 0.35))
-    elif look.pattern == "halves":
-        second = soft(v - 0.05)
-    elif look.pattern == "core":
-        second = soft(0.45 - np.hypot(u, v))
-    else:
-        second = np.zeros_like(u)
-    body = np.array(look.colour) + second[..., None] * (np.array(look.second or look.colour) - look.colour)
+
+def pattern_cover(pattern, u, v, radius):
+    """Where the second colour is: 0 to 1 at the points (u, v)."""
+    if pattern == "striped":
+        return soft_edge(np.abs((u * 1.25 + 0.25) % 1 - 0.5) - 0.25, radius)
+    if pattern == "split":
+        return soft_edge(v - 0.05, radius)
+    if pattern == "ringed":
+        return soft_edge(0.45 - np.hypot(u, v), radius)
+    return np.zeros_like(u)
+
+
+def face_parts(u, v, radius):
+    """-> list of (cover, 0 to 1, at the points (u, v); its colour). Later parts lie over earlier parts."""
+    parts = []
+    for eye in (-0.27, 0.27):
+        parts.append((soft_edge(0.22 - np.hypot(u - eye, v + 0.12), radius), WHITE))
+        parts.append((soft_edge(0.12 - np.hypot(u - eye, v + 0.10), radius), BLACK))
+    mouth = soft_edge(0.09 - np.abs(np.hypot(u, v - 0.14) - 0.28), radius) * (v > 0.22)
+    return [*parts, (mouth, BLACK)]
+
+
+def paint(look, u, v, radius):
+    """The body's colour at the points (u, v) -> (..., 3)."""
+    body, parts = np.broadcast_to(np.float32(look.colour), (*u.shape, 3)), []
+    if look.second:
+        parts.append((pattern_cover(look.pattern, u, v, radius), look.second))
     if look.face:
-        for eye in (-0.27, 0.27):
-            body = body + soft(0.22 - np.hypot(u - eye, v + 0.12))[..., None] * (WHITE - body)
-            body = body + soft(0.12 - np.hypot(u - eye, v + 0.10))[..., None] * (BLACK - body)
-        mouth = soft(0.09 - np.abs(np.hypot(u, v - 0.14) - 0.28)) * (v > 0.22)
-        body = body + mouth[..., None] * (BLACK - body)
+        parts += face_parts(u, v, radius)
+    for cover, colour in parts:
+        body = body + cover[..., None] * (np.float32(colour) - body)
     return body
 
 
-def sprite_layers(scene, centre):
-    """The sprite at `centre` (x, y): shadow (64, 64) and cover (64, 64) in [0, 1], and body (64, 64, 3).
+def sprite_geometry(shape, radius, angle, centres):
+    """A sprite at centres (T, 2) -> u, v, shadow, cover and light, each (T, H, W).
 
-    The body has a dark rim. Light comes from the upper left.
+    Shadow and cover are in [0, 1]. Light counts under the cover only, where it is at most 1.02: it comes from
+    the upper left, and the body has a dark rim.
     """
-    cx, cy = centre
-    c, s = math.cos(scene.angle), math.sin(scene.angle)
-    u = ((X - cx) * c + (Y - cy) * s) / scene.radius
-    v = ((Y - cy) * c - (X - cx) * s) / scene.radius
-    distance = shape_distance(scene.shape, u, v)
-    shadow = np.exp(-(((X - cx - 2) / scene.radius) ** 2 + ((Y - cy - 3) / scene.radius) ** 2) * 1.1)
-    to_light = np.hypot(X - cx + 0.4 * scene.radius, Y - cy + 0.45 * scene.radius)
-    light = 1.02 - 0.22 * to_light / scene.radius
-    rim = np.clip((distance + 0.10) * scene.radius + 0.5, 0, 1)
-    body = paint(scene.look, u, v, scene.radius) * (light * (1 - 0.45 * rim))[..., None]
-    return shadow, np.clip(0.5 - distance * scene.radius, 0, 1), body
+    cx, cy = np.float32(centres).T[:, :, None, None]
+    c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    x, y = (X - cx) / np.float32(radius), (Y - cy) / np.float32(radius)
+    u, v = x * c + y * s, y * c - x * s
+    distance = shape_distance(shape, u, v)
+    shadow = np.exp(-((x - 0.12) ** 2 + (y - 0.19) ** 2) * 1.1)
+    light = 1.02 - 0.22 * np.hypot(x + 0.4, y + 0.45)
+    light = light * (1 - 0.45 * soft_edge(distance + 0.10, radius))
+    return u, v, shadow, soft_edge(-distance, radius), light
 
 
-def draw_sprite(picture, scene, centre):
-    """The sprite and its soft shadow over a picture (64, 64, 3) -> (64, 64, 3)."""
-    shadow, cover, body = sprite_layers(scene, centre)
+def sprite_body(scene, centres):
+    """A scene's sprite at centres (T, 2) -> shadow and cover (T, H, W), body (T, H, W, 3)."""
+    u, v, shadow, cover, light = sprite_geometry(scene.shape, scene.radius, scene.angle, centres)
+    return shadow, cover, paint(scene.look, u, v, scene.radius) * light[..., None]
+
+
+def draw_sprite(picture, scene, centres):
+    """The sprite and its soft shadow at centres (T, 2) over a picture (H, W, 3) -> (T, H, W, 3)."""
+    shadow, cover, body = sprite_body(scene, centres)
     picture = picture * (1 - 0.25 * shadow[..., None])
     return picture + cover[..., None] * (body - picture)
 
 
-def draw_clip(scene, frames=8, first=0):
-    """Scene -> T = `frames` frames (T, 64, 64, 3) uint8, from frame number `first` on."""
-    ground = draw_ground(scene.ground, scene.texture)
+def draw_clip(scene, frames=FRAMES, first=0):
+    """Scene -> T = `frames` frames (T, H, W, 3) uint8, from frame number `first` on."""
     step = np.array(DIRECTIONS.get(scene.direction, (0, 0))) * SPEED / scene.fps
-    centres = [np.array(scene.start) + i * step for i in range(first, first + frames)]
-    clip = [draw_sprite(ground, scene, centre) for centre in centres]
+    centres = np.array(scene.start) + np.arange(first, first + frames)[:, None] * step
+    clip = draw_sprite(draw_ground(scene.ground, scene.texture), scene, centres)
     return (np.clip(clip, 0, 1) * 255).round().astype(np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Subjects: sprites of a known shape, with a look that the base has never seen. name -> (class word, look)
-
-SUBJECTS = {
-    "ember": ("star", Look((0.98, 0.55, 0.10), (0.62, 0.08, 0.10), "halves", face=True)),
-    "bee": ("circle", Look((0.98, 0.80, 0.10), (0.12, 0.10, 0.10), "stripes")),
-    "gift": ("square", Look((0.10, 0.62, 0.60), (0.98, 0.55, 0.70), "core")),
-    "berry": ("heart", Look((0.92, 0.16, 0.32), (1.00, 0.90, 0.55), "halves")),
-    "flag": ("triangle", Look((0.95, 0.95, 0.95), (0.10, 0.25, 0.65), "stripes")),
-}
-
-
-def draw_photos(name, count=5):
-    """N = `count` photos (N, 64, 64, 3) uint8 of a subject that stands still, on several grounds."""
+def draw_photos(name):
+    """-> five photos (5, H, W, 3) uint8 of a subject that stands still, one on each ground."""
     shape, look = SUBJECTS[name]
     rng = np.random.default_rng([ord(letter) for letter in name])
-    grounds = rng.permutation(list(GROUNDS))
     photos = []
-    for i in range(count):
-        ground, start = str(grounds[i % len(grounds)]), tuple(rng.uniform(27, 37, 2))
-        scene = Scene(shape, look, ground, direction="", start=start, radius=rng.uniform(16, 21),
+    for ground in rng.permutation(list(GROUNDS)):
+        start = tuple(rng.uniform(27, 37, 2))
+        scene = Scene(shape, look, str(ground), direction="", start=start, radius=rng.uniform(16, 21),
                       angle=rng.uniform(-0.35, 0.35), texture=int(rng.integers(TEXTURES)))
         photos.append(draw_clip(scene, frames=1))
     return np.concatenate(photos)
