@@ -270,7 +270,7 @@ def test_process_finds_the_step_at_which_motion_is_decided(tmp_path):
                cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     steps = [int(line.split()[-1]) for line in done.stdout.splitlines() if "the first step with 0.9" in line]
-    assert len(steps) == 2 and 4 <= np.mean(steps) <= 8
+    assert len(steps) == 2 and 5 <= np.mean(steps) <= 8
 
 
 def test_first_command_of_the_readme(tmp_path):

@@ -20,7 +20,7 @@ import copy
 import itertools
 import json
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Callable
@@ -193,11 +193,8 @@ def measure_steps(args, base):
     rows = [CONSTANT_08, PAPER_K5, K10]
     measured = measure_groups(args, base, "steps", groups, rows)
     if this_process().rank == 0:
-        lines = [Line(row.name) for row in rows]
-        for (group, equal), row_numbers in zip(groups.items(), measured):
-            for line, numbers in zip(lines, row_numbers):
-                means = {metric: np.mean(values) for metric, values in numbers.items()}
-                line.means[step_named(equal[0])] = means
+        steps = [step_named(equal[0]) for equal in groups.values()]
+        lines = [Line(row.name, dict(zip(steps, numbers))) for row, numbers in zip(rows, zip(*measured))]
         plot(args.out / "steps-plot.png", lines, ("direction", "distance", "frozen", "likeness"))
 
 
@@ -300,9 +297,13 @@ def measure_row(table, row, learned):
 
 @dataclass
 class Line:
-    """One line of a plot: training steps -> metric -> mean."""
+    """One line of a plot: training steps -> metric -> a number per clip, of which the mean is drawn."""
     name: str
-    means: dict = field(default_factory=dict)
+    numbers: dict
+
+    def points(self, metric):
+        """[(training steps, mean), ...]"""
+        return [(steps, np.mean(numbers[metric])) for steps, numbers in self.numbers.items()]
 
 
 def measure_groups(args, base, title, groups, rows):
@@ -446,9 +447,9 @@ def plot(path, lines, metrics, width=300, height=200):
 def panel(lines, metric, width, height):
     """The lines' means of one metric against training steps -> PIL image."""
     image = Image.new("RGB", (width, height), "white")
-    pen, all_steps, top = ImageDraw.Draw(image), list(lines[0].means), 1.0
+    pen, all_steps, top = ImageDraw.Draw(image), list(lines[0].numbers), 1.0
     for line in lines:
-        top = max(top, *(means[metric] for means in line.means.values()))
+        top = max(top, *(mean for _, mean in line.points(metric)))
 
     def at(steps, value):
         return 40 + (width - 60) * steps / max(all_steps), height - 20 - (height - 50) * value / top
@@ -460,8 +461,7 @@ def panel(lines, metric, width, height):
     for steps in all_steps:
         pen.text((at(steps, 0)[0] - 8, height - 16), str(steps), fill="black")
     for colour, line in zip(LINE_COLOURS, lines):
-        points = [at(steps, means[metric]) for steps, means in line.means.items()]
-        pen.line(points, fill=colour, width=2)
+        pen.line([at(steps, mean) for steps, mean in line.points(metric)], fill=colour, width=2)
     return image
 
 

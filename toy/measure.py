@@ -264,7 +264,7 @@ def subject_sprites(name):
 
 
 def pixel_features(clip):
-    """(T, H, W, 3) uint8 -> (T, H * W * 3): less the clip's mean colour, scaled to length 1. For CLIP's."""
+    """(T, H, W, 3) uint8 -> (T, H * W * 3): less the clip's mean colour, then of length 1 each."""
     frames = torch.from_numpy(clip).float()
     return F.normalize((frames - frames.mean(dim=(0, 1, 2))).flatten(1), dim=1)
 
