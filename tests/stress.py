@@ -282,7 +282,10 @@ def check_saves(inputs, cwd):
 
 
 def start_two(inputs, cwd, before=None):
-    """Two runs fill one prior. One may be killed; the other waits for its end, and does the rest."""
+    """Two runs fill one prior. The first may be killed; the other waits for its end, and does the rest.
+
+    The other begins when the first is at work or dead. Else it might do all of it, with no window left to kill in.
+    """
     def main():
         runs.time.sleep = lambda seconds: time_sleep(0.01)
         with prior_writer(cwd / "prior", {"class_word": "dog"}, 0, 8):
@@ -292,9 +295,17 @@ def start_two(inputs, cwd, before=None):
                     save_prior_clip(path, np.full((1, 32, 48, 3), k, np.uint8), 8)
 
     time_sleep = time.sleep
-    first, second = fork(main, [], cwd, before), fork(main, [], cwd, output="output-2")
+    first = fork(main, [], cwd, before)
+    while not (cwd / "prior" / "0000.png").exists() and not ended(first):
+        time_sleep(0.001)
+    second = fork(main, [], cwd, output="output-2")
     assert wait(second) == 0, said_in(cwd)
     return first
+
+
+def ended(pid):
+    """Whether a child has ended. `wait` still tells how."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def check_two(inputs, cwd):
