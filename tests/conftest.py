@@ -1,5 +1,6 @@
 """pytest's settings, and the fixtures of several test files. What they are made of is in makers.py."""
 import os
+import signal
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests fork, which a process that has touched a GPU cannot
 import numpy as np
@@ -14,6 +15,8 @@ from files import load_base  # makers.py put the repository's root on the path
 def pytest_configure(config):
     # As in the processes that `run` starts: sums in another order differ in their last digit.
     torch.set_num_threads(1)
+    # A shell starts its background jobs with Ctrl-C ignored, and what they start would ignore it too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("filterwarnings", "error")
     # FFMPEG's reader, when it is let go.
     for category in ("ResourceWarning", "pytest.PytestUnraisableExceptionWarning"):

@@ -284,7 +284,7 @@ def check_saves(inputs, cwd):
 def start_two(inputs, cwd, before=None):
     """Two runs fill one prior. The first may be killed; the other waits for its end, and does the rest.
 
-    The other begins when the first is at work or dead. Else it might do all of it, with no window left to kill in.
+    The other begins when the first is at work or dead. Else it might do all of it, and leave no window.
     """
     def main():
         runs.time.sleep = lambda seconds: time_sleep(0.01)
