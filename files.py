@@ -259,8 +259,8 @@ def subject_tensors(subject: Subject):
 
 def subject_facts(subject: Subject):
     """What there is to know besides the tensors, as text."""
-    facts = {key: str(value) for key, value in vars(subject).items()}
-    del facts["updates"], facts["v_star"]
+    tensors = ("updates", "v_star")
+    facts = {key: str(value) for key, value in vars(subject).items() if key not in tensors}
     return facts | {"settings": json.dumps(subject.settings)}
 
 

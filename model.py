@@ -531,9 +531,9 @@ class Tokenizer:
     `placeholders` are those words, as the user types them. The i-th gets the id VOCAB_SIZE + i. The text is
     cut around them: open_clip would lower-case its special tokens and read "*" as a regular expression.
     """
+    bpe = SimpleTokenizer()  # one for all, as reading its vocabulary takes a fifth of a second
 
     def __init__(self, placeholders=()):
-        self.bpe = SimpleTokenizer()
         self.ids = {word: VOCAB_SIZE + i for i, word in enumerate(placeholders)}
         self.cut = self.cutter(placeholders)
 

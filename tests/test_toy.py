@@ -90,7 +90,7 @@ def test_committed_photos_are_what_the_script_draws(name):
 
 def test_measures_know_the_answer_of_drawn_clips():
     rng, names = np.random.default_rng(3), ("shape", "ground", "direction", "pattern", "colour")
-    scenes = [random_scene(rng, unseen=i % 2 == 0) for i in range(60)]
+    scenes = [random_scene(rng, unseen=i % 2 == 0) for i in range(40)]
     seen = [measure(draw_clip(scene), scene.fps) for scene in scenes]
     rows = [against(scene, found, names) for scene, found in zip(scenes, seen)]
     for name in names:

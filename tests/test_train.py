@@ -82,8 +82,8 @@ def test_torchrun_with_two_processes_equals_one(flags, train_on, tmp_path):
 
 
 def test_one_two_and_four_processes_agree(train_on, tmp_path):
-    """The same four clips per step give the same subject after 20 steps."""
-    common = ["--steps", 20, "--preview_every", 0]
+    """The same four clips per step give the same subject after 10 steps."""
+    common = ["--steps", 10, "--preview_every", 0]
     train_on(1, *common, "--out", "one", "--batch_size", 4)
     train_on(2, *common, "--out", "two", "--batch_size", 1, "--grad_accum", 2, "--grad_checkpointing")
     train_on(4, *common, "--out", "four", "--batch_size", 1)
@@ -133,7 +133,7 @@ def test_same_seed_same_subject(train_on, tmp_path):
 
 def test_a_subject_is_learned(train_on, base, photos_folder, tmp_path):
     """On noise from outside the training run, the loss on the photos falls."""
-    train_on(1, "--steps", 150, "--alpha", 0, "--lr", 1e-2, "--batch_size", 2, "--out", "out")
+    train_on(1, "--steps", 100, "--alpha", 0, "--lr", 1e-2, "--batch_size", 2, "--out", "out")
     subject = load_subject(tmp_path / "out" / "subject.safetensors", base)
     merged = MergedLoRA(base.unet, subject)
     frames = torch.stack([crop(photo.image, 32, 48) for photo in load_photos(photos_folder, 48)])

@@ -211,7 +211,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_save(start, base, tm
 @pytest.mark.parametrize("name", stress.SHARES)
 def test_killed_at_random_moments(tmp_path, name):
     """A few of the kills of tests/stress.py."""
-    kills = 1 if name == "train on 2" else 3
+    kills = 1 if name == "train on 2" else 2
     stress.stress(name, stress.make_inputs(tmp_path), kills, random.Random(0))
 
 
