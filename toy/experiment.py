@@ -4,7 +4,7 @@
     python toy/experiment.py drift     # does what a caption leaves open stay the same through a clip?
     python toy/experiment.py decided   # at which sampling step is the direction of motion decided?
     python toy/experiment.py claim     # three subjects, each learned twice: constant lambda, the schedule
-    python toy/experiment.py steps     # the same trainings, earlier
+    python toy/experiment.py steps     # every save of the same trainings
     python toy/experiment.py sweep     # one subject with other ranks, learning rates and priors
     python toy/experiment.py           # methods: the rows of the paper's Tables 1 and 2, on three subjects
 

@@ -83,8 +83,8 @@ def measure(clip, fps):
     broken = -10 * np.log10(np.min(errors, axis=0)) < BROKEN
     seen = broken.mean() < 0.5
 
-    # Compare the covers of neighbouring frames, laid over one another. Each frame has its own best sprite's.
-    # That sprite changes from frame to frame where there is a face, which makes 0.05 of shape drift at least.
+    # Compare the covers of neighbouring frames, laid over one another. Each frame has its own best sprite's,
+    # which may change from frame to frame: the world's own clips have a shape drift of 0.05 after the VAE.
     outlines = bank.cover[gains.argmax(0), 0]                                       # (T, h, w)
     intersection = torch.minimum(outlines[1:], outlines[:-1]).sum((1, 2))
     union = torch.maximum(outlines[1:], outlines[:-1]).sum((1, 2))
