@@ -16,6 +16,7 @@ import time
 import zlib
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +44,8 @@ def pick_run(out, resume, default, photos):
         return pick_resumed_run(out, resume, default.parent, photos)
     if out and holds_run(out):
         raise BadInput(f"--out {out}: holds a run; --resume {out} goes on with it, another --out starts anew")
-    names = (default.with_name(default.name + (f"-{n}" if n > 1 else "")) for n in range(1, 10_000))
-    run = out or next(name for name in names if not holds_run(name))
+    numbered = (default.with_name(f"{default.name}-{n}") for n in range(2, 10_000))
+    run = out or next(name for name in chain([default], numbered) if not holds_run(name))
     check_out(run)
     return run, None
 

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -146,6 +147,18 @@ def fork(main, argv, cwd, before=None, output="output"):
 def wait(pid):
     """-> exit code of a child, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def ended(pid):
+    """Whether a child has ended. `wait` still tells how."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def wait_for(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.002)
 
 
 def fork_ranks(world, main, argv, cwd):

@@ -30,7 +30,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from makers import ROOT, SMALL, fork, golden_state, random_subject, torchrun, wait, write_base
+from makers import (ROOT, SMALL, ended, fork, golden_state, random_subject, torchrun, wait, wait_for,
+                    write_base)
 import sample
 import train
 from cli import BadInput, only_writer
@@ -296,16 +297,10 @@ def start_two(inputs, cwd, before=None):
 
     time_sleep = time.sleep
     first = fork(main, [], cwd, before)
-    while not (cwd / "prior" / "0000.png").exists() and not ended(first):
-        time_sleep(0.001)
+    wait_for(lambda: (cwd / "prior" / "0000.png").exists() or ended(first))
     second = fork(main, [], cwd, output="output-2")
     assert wait(second) == 0, said_in(cwd)
     return first
-
-
-def ended(pid):
-    """Whether a child has ended. `wait` still tells how."""
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def check_two(inputs, cwd):

@@ -27,7 +27,7 @@ from cli import BadInput
 from config import BaseConfig, load_config
 from convert_ckpt import convert
 from files import base_files, load_base, load_subject, save_base_config
-from makers import SMALL, fork, fork_ranks, golden_state, run, wait, write_base
+from makers import SMALL, fork, fork_ranks, golden_state, run, wait, wait_for, write_base
 
 
 @pytest.fixture()
@@ -37,13 +37,6 @@ def start(base_folder, photos_folder, tmp_path):
         argv = ["train.py", "--base", base_folder, "--images", photos_folder, "--class_word", "dog", *flags]
         return fork(train.main, argv, tmp_path, before)
     return start
-
-
-def wait_for(condition, seconds=60):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end
-        time.sleep(0.002)
 
 
 def steps_logged(out):
