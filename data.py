@@ -1,33 +1,37 @@
-"""A photo becomes a still video, and a sample follows from its number alone.
+"""A photo is read, becomes a still video, and becomes a sample that follows from its number alone.
 
 Nothing to run here; train.py draws its samples from this page. What sample number i is (photo, crop, caption,
 noise level, noise) follows from the training's seed and from i. So any number of processes sees the same
 samples, and a training that was stopped needs to remember no random state.
 
-Shapes: frames (3, H, W) in [-1, 1]; latents (B, 4, h, w), still videos in latents (B, 4, T, h, w).
+Shapes: images (3, H, W) in [-1, 1]; latents (B, 4, h, w), still videos in latents (B, 4, T, h, w); L text
+tokens, D text width.
 """
+import io
+import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
-from files import PICTURES, VIDEOS, file_crc32, load_picture, read_folder
-from model import NOISE_LEVELS, Z_CHANNELS, pixels
-from texts import read_caption, subject_caption
-from video import first_frames
+from model import NOISE_LEVELS, Z_CHANNELS, Tokenizer, pixels
+from support.cli import BadInput, one_line, warn
+from support.texts import caption_file, read_caption, subject_caption
+from support.video import VIDEOS, first_frames
 
 # "{}" is "V* dog". A few templates keep V* from binding to the words around it.
 TEMPLATES = ("a {}", "a photo of a {}", "a picture of a {}")
 
 
-def still_video(z, frames):
+def still_video(z, num_frames):
     """Latents of photos (B, 4, h, w) -> still videos (B, 4, T, h, w): the paper repeats each photo N times.
 
     One encoded frame, repeated by reference: no memory, and T times less encoding.
     """
-    return z[:, :, None].expand(-1, -1, frames, -1, -1)
+    return z[:, :, None].expand(-1, -1, num_frames, -1, -1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -37,48 +41,47 @@ def still_video(z, frames):
 class Samples:
     """What a training sees. Sample number i is the same on any number of processes, and after any stop."""
 
-    def __init__(self, photos, subject_words, prior_count, seed, sampling, factor, make_sample, flip):
-        self.photos, self.subject_words, self.prior_count = photos, subject_words, prior_count
-        self.seed, self.sampling, self.factor = seed, sampling, factor
-        self.make_sample, self.flip = make_sample, flip
+    def __init__(self, photos, placeholder, class_word, prior, seed, num_frames, sampling, factor, flip=True):
+        """`prior`: latents (n, 4, T, h, w) and contexts (n, L, D) of the class, or None. `factor` is H / h.
+        `flip` mirrors half of the photos.
+        """
+        self.photos, self.prior, self.seed = photos, prior, seed
+        self.subject_words = f"{placeholder} {class_word}"
+        self.height, self.width, self.flip = sampling.height, sampling.width, flip
+        self.z_shape = (Z_CHANNELS, num_frames, self.height // factor, self.width // factor)
+        self.tokenizer = Tokenizer([placeholder])
 
     def batch(self, numbers):
-        """B sample numbers -> frames (B, 3, H, W), captions, weights (B, h, w); t (B,), eps (B, 4, T, h, w);
-        and which pictures of the class prior go with them. With a prior, t and eps are for 2B clips.
+        """B sample numbers -> images (B, 3, H, W), tokens (B, L), t (B,), eps (B, 4, T, h, w) of the subject;
+        then, with a prior, latents (B, 4, T, h, w), contexts (B, L, D), t and eps of the class.
         """
-        sampling = self.sampling
-        samples = [subject_sample(self.photos, i, self.seed, sampling.height, sampling.width, self.factor,
-                                  self.subject_words, self.make_sample, self.flip) for i in numbers]
-        frames, captions, weights = zip(*samples)
-        which = [prior_sample(self.prior_count, i, self.seed) for i in numbers if self.prior_count]
-        noise_numbers = [2 * i for i in numbers]
-        if which:
-            noise_numbers += [2 * i + 1 for i in numbers]
-        shape = (Z_CHANNELS, sampling.frames, *weights[0].shape)
-        t, eps = zip(*(noise_sample(i, self.seed, shape, NOISE_LEVELS) for i in noise_numbers))
-        return torch.stack(frames), captions, torch.stack(weights), torch.tensor(t), torch.stack(eps), which
+        images, captions = zip(*(self.subject_sample(i) for i in numbers))
+        t, eps = zip(*(noise_sample(2 * i, self.seed, self.z_shape) for i in numbers))
+        batch = [torch.stack(images), self.tokenizer(captions), torch.tensor(t), torch.stack(eps)]
+        if self.prior:
+            z, contexts = self.prior
+            chosen = [int(np.random.default_rng((self.seed, 2, i)).integers(len(z))) for i in numbers]
+            z_0 = z[chosen].expand(-1, -1, self.z_shape[1], -1, -1)
+            t, eps = zip(*(noise_sample(2 * i + 1, self.seed, z_0.shape[1:]) for i in numbers))
+            batch += [z_0, contexts[chosen], torch.tensor(t), torch.stack(eps)]
+        return batch
 
+    def subject_sample(self, i):
+        """Sample number i -> image (3, H, W), caption. Every photo comes once before any comes again."""
+        photo, rng = self.photo_of(i), np.random.default_rng((self.seed, 1, i))
+        caption = photo.caption or TEMPLATES[rng.integers(len(TEMPLATES))].format(self.subject_words)
+        return crop(photo.image, self.height, self.width, rng, flip=self.flip), caption
 
-def subject_sample(photos, index, seed, height, width, factor, subject_words, make_sample=None, flip=True):
-    """Sample number `index` of a training -> frame (3, H, W), caption, weight of the loss (h, w).
-
-    Every photo comes once before any comes again. `subject_words` fills a template: "V* dog". `factor` is
-    H / h. `make_sample` turns a photo into a sample in another method's way (paper/baselines.py).
-    """
-    epoch, place = divmod(index, len(photos))
-    photo = photos[np.random.default_rng((seed, 0, epoch)).permutation(len(photos))[place]]
-    rng = np.random.default_rng((seed, 1, index))
-    if make_sample:
-        return make_sample(photo, rng, height, width, factor, subject_words, flip)
-    caption = photo.caption or TEMPLATES[rng.integers(len(TEMPLATES))].format(subject_words)
-    frame = crop(photo.image, height, width, rng, flip=flip)
-    return frame, caption, torch.ones(height // factor, width // factor)
+    def photo_of(self, i):
+        epoch, place = divmod(i, len(self.photos))
+        return self.photos[np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.photos))[place]]
 
 
 def crop(image, height, width, rng=None, zoom=1.15, flip=True):
-    """RGB image -> frame (3, H, W) in [-1, 1]: the largest centred crop of that shape.
+    """RGB image -> (3, H, W) in [-1, 1]: the largest centred crop of that shape.
 
-    With a numpy Generator: up to `zoom` times the scale, anywhere in the image, if `flip` mirrored at times.
+    With a numpy Generator: random zoom up to `zoom`, random position, and a mirror image half of the time if
+    `flip`.
     """
     zoom, x, y = (rng.uniform(1, zoom), *rng.uniform(0, 1, 2)) if rng else (1, 0.5, 0.5)
     w, h = image.size
@@ -91,20 +94,20 @@ def crop(image, height, width, rng=None, zoom=1.15, flip=True):
     return pixels(image)
 
 
-def prior_sample(count, index, seed):
-    """Sample number `index` of a training -> which of `count` prior pictures it takes."""
-    return int(np.random.default_rng((seed, 2, index)).integers(count))
-
-
-def noise_sample(index, seed, shape, levels):
-    """Sample number `index` of a training -> t in 0 ... levels - 1, and Gaussian noise eps of that shape."""
-    rng = np.random.default_rng((seed, 3, index))
+def noise_sample(i, seed, shape):
+    """Noise number i of a training -> t in 0 ... 999, and Gaussian eps of that shape."""
+    rng = np.random.default_rng((seed, 3, i))
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    return int(rng.integers(levels)), torch.randn(shape, generator=generator)
+    return int(rng.integers(NOISE_LEVELS)), torch.randn(shape, generator=generator)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Reading photos, and pictures and videos of the class
+
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "MPO")  # Pillow would run a PostScript file
+PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
+UNREAD_PICTURES = {".heic", ".heif", ".jxl", ".raw", ".dng", ".cr2", ".nef", ".svg", ".psd"}
+Image.MAX_IMAGE_PIXELS = None   # Pillow's own limit, 179 million, is below a phone's 200 megapixels
 
 
 @dataclass
@@ -115,31 +118,109 @@ class Photo:
     crc32: int            # of its file
 
 
-def load_photos(folder, shortest, placeholder="", class_word=""):
-    """Folder -> list of Photo, in the order of their names. Unreadable files are reported and left out.
+def load_photos(folder, height, width, placeholder, class_word):
+    """Folder -> list of Photo, in the order of their names, for frames of that size. Warns of poor photos.
 
-    A picture whose short side has more than twice `shortest` pixels is shrunk once, here. Raises BadInput
-    if the folder is missing or no picture is left.
+    A large picture is shrunk once, here. Raises BadInput if the folder is missing or has no readable picture.
     """
-    load = lambda path: load_picture(path, shortest)
-    found = read_folder(folder, PICTURES, load, "--images", "4 to 6 photos of the subject")
-    return [Photo(image, subject_caption(path, placeholder, class_word), path, file_crc32(path))
-            for path, image in found]
+    load = lambda path: load_picture(path, max(height, width))
+    pictures = read_folder(folder, PICTURES, load, "--images", "4 to 6 photos of the subject")
+    photos = [Photo(image, subject_caption(path, placeholder, class_word), path, crc32(path))
+              for path, image in pictures]
+    check_photos(photos, height, width)
+    return photos
 
 
-def load_prior(folder, count, frames, height, width):
-    """Folder -> list of video (1 or T, 3, H, W), caption, file's crc32: its first `count` of the class.
+def check_photos(photos, height, width):
+    """Warns about photos that are too small or lose more than half to the crop, and about stray captions."""
+    frame, folder = f"the frame of {width}x{height} pixels", photos[0].path.parent
+    captions = {caption_file(photo.path) for photo in photos}
+    texts = {path for path in folder.iterdir() if path.suffix.lower() in (".txt", ".caption")}
+    stray = sorted(path.name for path in texts - captions)
+    small = [photo.path.name for photo in photos if photo.image.width < width or photo.image.height < height]
+    cut = [photo.path.name for photo in photos
+           if not 0.5 <= (photo.image.width * height) / (photo.image.height * width) <= 2]
+    for names, problem in (
+            (stray, "left out: no photo has this name, or it has another caption"),
+            (small, f"smaller than {frame}, so enlarged; larger photos show more detail"),
+            (cut, f"{frame} holds less than half at once; crop nearer to its shape, or change --height and "
+                  f"--width")):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            warn(f"{folder}: {', '.join(names[:5])}{more}: {problem}")
 
-    Of a video the first T = `frames` frames are taken; a shorter video is reported and left out. A caption is
-    empty where there is no NAME.txt. Where its crop lies along the longer side follows from its name.
-    Raises BadInput as `load_photos`.
+
+def load_prior(folder, count, num_frames, height, width):
+    """Reads the first `count` pictures or videos -> list of video (1 or T, 3, H, W), caption, file's crc32.
+
+    Of a video the first T = `num_frames` frames are taken; a shorter video is skipped with a warning. A
+    caption is empty where there is no NAME.txt. The crop position is seeded by the file name.
     """
     def load(path):
-        place = [*path.name.encode()]  # a seed: the same for every frame of a video
         is_video = path.suffix.lower() in VIDEOS
-        images = first_frames(path, frames) if is_video else [load_picture(path, max(height, width))]
-        crops = [crop(image, height, width, np.random.default_rng(place), 1, False) for image in images]
-        return torch.stack(crops)
+        images = first_frames(path, num_frames) if is_video else [load_picture(path, max(height, width))]
+        seed = [*path.name.encode()]    # the same for every frame of a video
+        return torch.stack([crop(image, height, width, np.random.default_rng(seed), zoom=1, flip=False)
+                            for image in images])
 
-    found = read_folder(folder, PICTURES | VIDEOS, load, "--prior", "pictures or videos of the class", count)
-    return [(video, read_caption(path), file_crc32(path)) for path, video in found]
+    videos = read_folder(folder, PICTURES | VIDEOS, load, "--prior", "pictures or videos of the class", count)
+    return [(video, read_caption(path), crc32(path)) for path, video in videos]
+
+
+def read_folder(folder, endings, read, flag, content, count=None):
+    """Reads the first `count` files that can be read -> list of (path, result). Warns about the others."""
+    folder, results = Path(folder), []
+    if not folder.is_dir():
+        raise BadInput(f"{flag} {folder}: no such folder; it should hold {content}")
+    for path in sorted(folder.iterdir()):
+        ending = path.suffix.lower()
+        if path.name.startswith(".") or len(results) == count:
+            continue
+        if path.is_dir() and any(file.suffix.lower() in endings for file in path.iterdir()):
+            warn(f"{path}: subfolders are not read; left out")
+        elif ending in UNREAD_PICTURES or (ending in PICTURES | VIDEOS and ending not in endings):
+            warn(f"{path}: {ending} is not read; left out")
+        elif ending in endings and path.is_file():
+            try:
+                results.append((path, read(path)))
+            except Exception as error:  # Pillow's and FFMPEG's readers each raise their own
+                warn(f"{path}: not readable ({one_line(error)}); left out")
+    if not results:
+        raise BadInput(f"{flag} {folder}: has no readable file ({', '.join(sorted(endings))}); "
+                       f"it should hold {content}")
+    return results
+
+
+def load_picture(path, longest):
+    """A picture file -> sRGB image, upright, over white; of an animation the first frame.
+
+    It is scaled down to a short side of 2 * `longest` pixels, while it is decoded if the format can.
+    """
+    with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:  # broken EXIF
+        image.draft("RGB", (2 * longest, 2 * longest))
+        profile = image.info.get("icc_profile")
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):      # 16 bits, which convert("RGB") would clip
+            image = Image.fromarray((np.asarray(image) / 65535 * 255).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = in_srgb(image if image.mode in ("RGB", "CMYK", "L") else image.convert("RGB"), profile)
+    if min(image.size) > 2 * longest:
+        image = ImageOps.scale(image, 2 * longest / min(image.size), Image.LANCZOS)
+    return image
+
+
+def in_srgb(image, profile):
+    """An image and its colour profile -> RGB. A profile that is broken, or another mode's, is ignored."""
+    if profile:
+        try:
+            return ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"),
+                                             outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError):
+            pass
+    return image.convert("RGB")
+
+
+def crc32(path):
+    return zlib.crc32(path.read_bytes())

@@ -5,36 +5,16 @@ sampling (`MergedLoRA`) the update goes into the weight, so LoRA costs nothing p
 
 Shapes: A (r, C_in), B (C_out, r), where r is the rank; V* (1, D), where D is the text width.
 """
-from dataclasses import dataclass, field
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from cli import BadInput
 from model import SpatialTransformer, Tokenizer, UNet
-
-
-@dataclass
-class Subject:
-    """What train.py learns, in float32, and the facts needed to use it. files.py saves and loads one."""
-    placeholder: str            # how prompts name the subject: "V*"
-    class_word: str             # what the subject is: "dog"
-    rank: int
-    base_name: str
-    base_fingerprint: str
-    steps: int                  # training steps so far
-    method: str = "customcrafter"
-    settings: dict = field(default_factory=dict)    # of the training
-    updates: dict = field(default_factory=dict)     # name of a layer of the UNet -> (A, B)
-    v_star: torch.Tensor = None                     # (1, D)
 
 
 def class_embedding(text_encoder, class_word):
     """Where V* starts: the class word's embedding (1, D), or the mean of its tokens' embeddings."""
     ids = Tokenizer().encode(class_word)
-    if not ids:
-        raise BadInput(f"--class_word {class_word!r}: is empty; name what the subject is, such as dog")
     return text_encoder.token_embedding.weight[ids].float().mean(dim=0, keepdim=True)
 
 
@@ -43,7 +23,7 @@ def class_embedding(text_encoder, class_word):
 
 
 def spatial_blocks(unet: UNet):
-    """Names of the blocks that look within one frame. Temporal blocks form motion, and get no update."""
+    """Names of the blocks that look within one frame. Temporal blocks form motion, so they get no update."""
     modules = unet.named_modules()
     return [f"{name}.block" for name, module in modules if isinstance(module, SpatialTransformer)]
 
@@ -85,9 +65,6 @@ class LoRALinear(nn.Module):
         A, lam_B = self.lora_A.to(x.dtype), (self.lam * self.lora_B).to(x.dtype)
         return self.linear(x) + F.linear(F.linear(x, A), lam_B)             # Eq. 2; lambda = 1 in training
 
-    def tensors(self):
-        return self.lora_A, self.lora_B
-
 
 def add_lora(unet: UNet, rank, targets="all"):
     """Puts a LoRALinear around every target, in place. Returns name -> LoRALinear."""
@@ -96,17 +73,6 @@ def add_lora(unet: UNet, rank, targets="all"):
         layers[name] = LoRALinear(unet.get_submodule(name), rank)
         unet.set_submodule(name, layers[name])
     return layers
-
-
-class LiveLoRA:
-    """Sets lambda while the updates are still beside the weights: for previews in the middle of training."""
-
-    def __init__(self, layers):
-        self.layers = layers
-
-    def set(self, lam):
-        for layer in self.layers:
-            layer.lam = lam
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -119,11 +85,12 @@ class MergedLoRA:
     The layers stay plain nn.Linear, so a sampling step costs what the base's own step costs.
     """
 
-    def __init__(self, unet: UNet, *subjects: Subject):
+    def __init__(self, unet: UNet, subjects):
+        """subjects: each has `lora`, a dictionary of layer name -> (A, B)."""
         self.updates = {}
         for subject in subjects:
-            for name, tensors in subject.updates.items():
-                self.updates.setdefault(name, []).append(tensors)
+            for name, pair in subject.lora.items():
+                self.updates.setdefault(name, []).append(pair)
         self.weights = {name: unet.get_submodule(name).weight for name in self.updates}
         self.originals = {name: weight.detach().clone() for name, weight in self.weights.items()}
         self.lam = 0.0
@@ -139,12 +106,6 @@ class MergedLoRA:
             if lam == 0:
                 W.copy_(W_0)
             else:
-                update = sum(product(tensors, W_0.device) for tensors in self.updates[name])
-                W.copy_(W_0.float() + lam * update)                         # Eq. 2
+                BA = sum(B.to(W.device) @ A.to(W.device) for A, B in self.updates[name])
+                W.copy_(W_0.float() + lam * BA)                             # Eq. 2
         self.lam = lam
-
-
-def product(tensors, device):
-    """(A, B) -> B A (C_out, C_in) on `device`; a whole matrix alone is its own product."""
-    *A, B = (tensor.to(device) for tensor in tensors)
-    return B @ A[0] if A else B

@@ -1,4 +1,4 @@
-"""VideoCrafter2 from scratch, nothing but networks and their configs: UNet, noise schedule, VAE, text tower.
+"""VideoCrafter2 from scratch: UNet, noise schedule, VAE, text tower, and the Base that holds them.
 
     python -c "from model import *; torch.set_default_device('meta'); print(UNet(UNetConfig()))"
 
@@ -11,20 +11,19 @@ time take them apart again. Pixels are in [-1, 1]. Latents are the VAE's times `
 import math
 import re
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from open_clip.tokenizer import SimpleTokenizer
-from open_clip.transformer import Transformer
 from torch.utils.checkpoint import checkpoint
 
 VOCAB_SIZE = 49408  # CLIP's byte-pair vocabulary; ids from here on are learned words V*
 TEXT_LENGTH = 77    # CLIP's context length
 Z_CHANNELS = 4      # latent channels of Stable Diffusion's VAE
 NOISE_LEVELS = 1000
-CUDA_GRID = 65_535  # the largest batch that CUDA's attention kernels launch
+CUDA_GRID = 65_535  # the largest batch that CUDA's attention kernels take
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -66,9 +65,7 @@ class Attention(nn.Module):
         q = self.to_q(x).view(M, -1, self.heads, head).transpose(1, 2)              # (M, heads, N/M*S, head)
         k = self.to_k(context).view(M, -1, self.heads, head).transpose(1, 2)        # (M, heads, L, head)
         v = self.to_v(context).view(M, -1, self.heads, head).transpose(1, 2)
-        parts = zip(q.split(CUDA_GRID), k.split(CUDA_GRID), v.split(CUDA_GRID))
-        out = [F.scaled_dot_product_attention(*part) for part in parts]
-        out = torch.cat(out) if len(out) > 1 else out[0]
+        out = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(out.transpose(1, 2).reshape(N, S, C))
 
 
@@ -140,7 +137,8 @@ class TemporalTransformer(nn.Module):
         B, (H, W) = emb.shape[0], x.shape[2:]
         h = self.norm(x.unflatten(0, (B, -1)).transpose(1, 2))      # (B, C, T, H, W), normed over T, H, W
         h = h.permute(0, 3, 4, 2, 1).flatten(0, 2)                          # (B*H*W, T, C)
-        h = self.proj_out(self.block(self.proj_in(h)))
+        parts = [self.proj_out(self.block(self.proj_in(part))) for part in h.split(CUDA_GRID)]
+        h = torch.cat(parts) if len(parts) > 1 else parts[0]
         h = h.unflatten(0, (B, H, W)).permute(0, 3, 4, 1, 2)                # (B, T, C, H, W)
         return x + h.flatten(0, 1)                                          # (B*T, C, H, W)
 
@@ -313,7 +311,6 @@ class ScheduleConfig:
     beta_end: float = 0.012
     scale_end: float = 0.7  # upstream `use_scale`: the signal shrinks linearly to this ...
     scale_steps: int = 400  # ... over the first so many of the 1,000 noise levels
-    latent_std: float = 0.0  # of scaled latents, if Eq. 1 had v-prediction's weights (Salimans and Ho 2022)
 
 
 class NoiseSchedule:
@@ -329,8 +326,6 @@ class NoiseSchedule:
         # Upstream quirk: with scale_t the noisy latent's variance is not 1; the normal form is scale_t = 1.
         self.scale = torch.full((NOISE_LEVELS,), cfg.scale_end)
         self.scale[:cfg.scale_steps] = torch.linspace(1, cfg.scale_end, cfg.scale_steps)
-        snr = self.alpha_bar * (self.scale * cfg.latent_std) ** 2 / (1 - self.alpha_bar)
-        self.loss_weight = (1 + 1 / snr).clamp(max=100) if cfg.latent_std else torch.ones(NOISE_LEVELS)
 
     def add_noise(self, z_0, t, eps):
         """z_0, eps (B, C, T, H, W), t (B,) -> z_t (B, C, T, H, W). The forward process in Eq. 1."""
@@ -509,6 +504,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, cfg: TextConfig):
         super().__init__()
+        from open_clip.transformer import Transformer  # here, because it takes as long to import as PyTorch
         self.token_embedding = nn.Embedding(VOCAB_SIZE, cfg.width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(TEXT_LENGTH, cfg.width))
         self.transformer = Transformer(cfg.width, cfg.layers, cfg.heads)
@@ -525,29 +521,37 @@ class TextEncoder(nn.Module):
         return self.ln_final(self.transformer(x + self.positional_embedding, attn_mask=causal))
 
 
+@cache
+def byte_pairs():
+    """CLIP's byte-pair tokenizer."""
+    from open_clip.tokenizer import SimpleTokenizer
+    return SimpleTokenizer()
+
+
 class Tokenizer:
-    """CLIP's byte-pair tokenizer, which also knows learned words such as "V*".
+    """CLIP's tokenizer, which also knows learned words such as "V*".
 
     `placeholders` are those words, as the user types them. The i-th gets the id VOCAB_SIZE + i. The text is
-    cut around them: open_clip would lower-case its special tokens and read "*" as a regular expression.
+    split around them, because open_clip would lower-case its special tokens and read "*" as a regular
+    expression.
     """
-    bpe = SimpleTokenizer()  # one for all, as reading its vocabulary takes a fifth of a second
 
     def __init__(self, placeholders=()):
+        self.bpe = byte_pairs()
         self.ids = {word: VOCAB_SIZE + i for i, word in enumerate(placeholders)}
-        self.cut = self.cutter(placeholders)
+        self.splitter = self.splitter_at(placeholders)
 
     @staticmethod
-    def cutter(placeholders):
+    def splitter_at(placeholders):
         """A placeholder counts only where no letter or digit touches it: the V* in "V*'s", not in "AV*"."""
         longest_first = sorted(map(re.escape, placeholders), key=len, reverse=True)
         pattern = rf"(?<!\w)({'|'.join(longest_first)})(?!\w)"
         return re.compile(pattern if longest_first else r"(?!)()")  # the second matches nowhere
 
     def encode(self, text):
-        """text -> ids without start and end. Merging squares a word's length: 1,000 letters of it count."""
+        """text -> ids without start and end."""
         ids = []
-        for piece in self.cut.split(re.sub(r"(\S{1000})\S+", r"\1", text[:10_000])):
+        for piece in self.splitter.split(text):
             ids += [self.ids[piece]] if piece in self.ids else self.bpe.encode(piece)
         return ids
 
@@ -558,3 +562,41 @@ class Tokenizer:
             ids = [self.bpe.sot_token_id, *self.encode(text)[:TEXT_LENGTH - 2], self.bpe.eot_token_id]
             row[:len(ids)] = torch.tensor(ids)
         return tokens
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A base: the three networks and the schedule, and the ways between pixels, texts and what the UNet reads
+
+
+class Base:
+    """A loaded base: frozen networks in eval mode (dropout off), on `device`. Only the UNet may be in bfloat16.
+
+    support/files.py loads one. `config` is its BaseConfig (support/config.py).
+    """
+
+    def __init__(self, config, device, unet, vae, text_encoder):
+        self.config, self.device = config, torch.device(device)
+        self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
+        self.schedule = NoiseSchedule(config.schedule)
+
+    @property
+    def precision(self):
+        return str(self.unet.conv_out.weight.dtype).removeprefix("torch.")
+
+    @torch.no_grad()
+    def encode(self, images, chunk=4):
+        """images (N, 3, H, W) in [-1, 1] -> latents (N, 4, h, w) on `device`, `chunk` images at a time."""
+        return torch.cat([self.vae.encode(part.to(self.device)) for part in images.split(chunk)])
+
+    @torch.no_grad()
+    def encode_text(self, texts):
+        """B texts without learned words -> context (B, L, D)."""
+        return self.text_encoder(Tokenizer()(texts).to(self.device))
+
+    @torch.no_grad()
+    def decode(self, z, chunk=4):
+        """z (B, 4, T, h, w) -> video (B, T, H, W, 3) uint8 on the CPU, `chunk` frames at a time."""
+        frames = z.transpose(1, 2).flatten(0, 1)                            # (B*T, 4, h, w)
+        x = torch.cat([self.vae.decode(part.float()).cpu() for part in frames.split(chunk)])
+        x = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
+        return x.permute(0, 2, 3, 1).unflatten(0, (z.shape[0], -1))         # (B, T, H, W, 3)

@@ -9,21 +9,24 @@
 Writes outputs/NAME.mp4 and .gif, and beside them NAME.json with all it takes to make them again.
 Shapes: B clips, T frames, L text tokens, D text width; latents z (B, 4, T, h, w), 1/8 of the pixels' size.
 """
+import re
 import secrets
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
-from cli import (BadInput, FlagParser, Progress, as_on_rank_0, check_out, join_processes, leave_processes,
-                 only_writer, peak_memory, pick_precision, run_script, this_process)
+import numpy as np
 import torch
 
-from config import (RANGES, SamplingDefaults, add_flags, add_speed_flags, check_flags, check_sampling,
-                    load_config, parse_lambdas, with_flags)
-from files import default_base, find_subjects, load_base, load_subject, subject_fingerprint
+from lora import MergedLoRA
 from model import NOISE_LEVELS, Z_CHANNELS, Tokenizer
-from paper.baselines import MergedSubjects
-from texts import pick_prompts, without_placeholders
-from video import check_ffmpeg, endings, free_path, motion_line, save_video, sheet, side_by_side, slug
+from support.cli import (BadInput, FlagParser, Progress, check_out, check_same, join_processes, leave_processes,
+                         lock_folder, of_rank_0, run_script)
+from support.config import (FLAGS, SamplingDefaults, add_flags, add_speed_flags, check_flags, check_sampling,
+                            load_config, with_flags)
+from support.files import default_base, find_subjects, load_subject, open_base
+from support.texts import pick_prompts, prompt_tokens, without_placeholders
+from support.video import check_ffmpeg, free_path, motion_line, save_video, sheet, side_by_side, slug
 
 
 def ddim_steps(schedule, steps, eta):
@@ -50,7 +53,7 @@ def ddim(unet, schedule, z, noise, context, uncond, fps, steps, cfg, eta, lora=N
 
     noise: function of no arguments -> standard normal like z, called once per step if eta > 0.
     context (B, L, D), uncond (B or 1, L, D): the prompts, and the empty (or negative) prompt. fps (B,).
-    lora: sets lambda, to lambdas[i] at step i. on_step: function (i, z_0) that sees step i's predicted clean
+    lora.set(lambdas[i]) is called before step i. on_step(i, z_0) is called after it with the predicted clean
     latent. Raises BadInput if the result is not finite.
     """
     B = z.shape[0]
@@ -83,31 +86,48 @@ def two_step_schedule(lambda_s, lambda_l, K, steps):
     return [lambda_s if i < K else lambda_l for i in range(steps)]
 
 
+def parse_lambdas(text, steps):
+    """"0.4*5,0.4>0.8*10,0.8*35" -> one lambda per step; a>b*n goes from a to b in n steps, or BadInput."""
+    lambdas = []
+    for ramp in text.replace(" ", "").split(","):
+        match = re.fullmatch(r"(-?\d*\.?\d+)(?:>(-?\d*\.?\d+))?\*(\d{1,4})", ramp)
+        if not match:
+            raise BadInput(f'--lambdas: "{ramp}" is not a part such as 0.4*5 or 0.4>0.8*10')
+        first, last, count = float(match[1]), float(match[2] or match[1]), int(match[3])
+        lambdas += [round(number, 6) for number in np.linspace(first, last, count).tolist()]
+    if len(lambdas) != steps:
+        raise BadInput(f"--lambdas {text}: has {len(lambdas)} steps, and --steps is {steps}")
+    return lambdas
+
+
 @torch.no_grad()
 def generate(base, prompts, seeds, subjects=(), settings=None, lambdas=None, negative_prompt="", on_step=None,
              lora=None):
     """B prompts and seeds -> videos (B, T, H, W, 3) uint8, of the base or with one or more Subjects in it.
 
-    settings: the base's SamplingDefaults, or `dataclasses.replace` of them. lambdas: one per step; left out,
-    the settings' two-step schedule. lora: sets lambda; left out, the subjects' updates go into the UNet.
-    Clip b's noise follows from its own seed alone: it is drawn on the CPU, and is the same everywhere.
+    prompts: texts, or their tokens (B, L). settings: the base's SamplingDefaults, or `dataclasses.replace` of
+    them. lambdas: one per step; by default the settings' two-step schedule. lora: sets lambda; by default the
+    subjects' updates go into the UNet. Clip b's noise follows from its own seed alone: it is drawn on the CPU,
+    and is the same everywhere.
     """
     settings = settings or base.config.sampling
     lambdas = lambdas or two_step_schedule(settings.lambda_s, settings.lambda_l, settings.K, settings.steps)
     tokenizer = Tokenizer([subject.placeholder for subject in subjects])
     v_star = torch.cat([subject.v_star for subject in subjects]) if subjects else None
-    encode = lambda texts: base.text_encoder(tokenizer(texts).to(base.device), v_star)
+    tokens = prompts if torch.is_tensor(prompts) else tokenizer(prompts)
+    context, uncond = (base.text_encoder(ids.to(base.device), v_star)
+                       for ids in (tokens, tokenizer([negative_prompt])))
 
     factor = base.config.vae.factor
     shape = (Z_CHANNELS, settings.frames, settings.height // factor, settings.width // factor)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(base.device)
-    fps = torch.full((len(prompts),), settings.fps, device=base.device)
+    fps = torch.full((len(tokens),), settings.fps, device=base.device)
 
-    lora = lora or MergedSubjects(base.unet, subjects)
+    lora = lora or MergedLoRA(base.unet, subjects)
     try:
-        z_0 = ddim(base.unet, base.schedule, noise(), noise, encode(prompts), encode([negative_prompt]), fps,
-                   settings.steps, settings.cfg, settings.eta, lora, lambdas, on_step)
+        z_0 = ddim(base.unet, base.schedule, noise(), noise, context, uncond, fps, settings.steps, settings.cfg,
+                   settings.eta, lora, lambdas, on_step)
     finally:
         lora.set(0)
     return base.decode(z_0)
@@ -115,8 +135,8 @@ def generate(base, prompts, seeds, subjects=(), settings=None, lambdas=None, neg
 
 def main():
     args = parse_args()
-    process = this_process()
-    config = load_config(args.base / "config.json")
+    process = join_processes()
+    config = load_config(args.base)
     settings = with_flags(config.sampling, args)
     if args.K is None:
         settings.K = min(settings.K, settings.steps)
@@ -127,64 +147,71 @@ def main():
         settings.lambda_l = lambdas[-1]  # what --compare shows as constant
 
     # Load the base and the subjects, read the prompts.
-    precision = pick_precision(args.precision, process.device)
-    base = load_base(args.base, process.device, getattr(torch, precision))
+    base = open_base(args, process)
     paths = find_subjects(args.subject, base.config.fingerprint)
     subjects = [load_subject(path, base) for path in paths]
-    if args.compile:
-        base.unet.compile()
-    prompts = pick_prompts(args, settings, subjects)
-    seed = args.seed if args.seed is not None else secrets.randbelow(2**31)
+    if args.compare and not subjects:
+        raise BadInput("--compare: needs a subject")
+    prompts, tokens = pick_prompts(args, settings, subjects)
+    prompt_tokens([args.negative_prompt], [], "--negative_prompt")
+    seed = of_rank_0(args.seed if args.seed is not None else secrets.randbelow(2**31), process)
+    if process.rank == 0:
+        named = [f"subject {path} ({subject.placeholder} {subject.class_word}, {subject.steps} steps)"
+                 for path, subject in zip(paths, subjects)]
+        print(f"{', '.join(named) or 'no subject'}, seed {seed}")
 
-    # List what to make, each with all that its pixels depend on but rounding. What is there is left out.
-    facts = {name: getattr(settings, name) for name in RANGES[SamplingDefaults]}
-    if args.lambdas:
-        facts |= {"lambda_s": None, "lambda_l": None, "K": None}
-    facts |= {"lambdas": args.lambdas, "precision": precision, "compile": args.compile,
-              "negative_prompt": args.negative_prompt, "base": config.name,
-              "base_fingerprint": base.config.fingerprint, "subjects": []}
-    for path, subject in zip(paths, subjects):
-        facts["subjects"].append({"path": str(path), "fingerprint": subject_fingerprint(subject),
-                                  "placeholder": subject.placeholder, "class_word": subject.class_word})
-    variants = compare_variants(settings, lambdas, subjects) if args.compare else [("", subjects, lambdas)]
-    join_processes(process, "gloo", base=base.config.fingerprint, subjects=facts["subjects"])
-    with only_writer(args.out, process.rank):
-        seed, jobs = as_on_rank_0((seed, list_jobs(args, prompts, seed, facts)), process)
-        if process.rank == 0:
-            named = [f"subject {path} ({subject.placeholder} {subject.class_word}, {subject.steps} steps)"
-                     for path, subject in zip(paths, subjects)]
-            print(f"base {args.base} ({config.name}), {', '.join(named) or 'no subject'}, seed {seed}")
+    # List the videos to make, with everything that determines their pixels. Skip those that exist.
+    recorded = video_settings(args, settings, base, subjects)
+    check_same(process, base=base.config.fingerprint, subjects=recorded["subjects"])
+    with lock_folder(args.out) if process.rank == 0 else nullcontext():
+        jobs = of_rank_0(list_jobs(args, prompts, seed, recorded) if process.rank == 0 else None, process)
 
         # Make them, a batch at a time. Neither a batch nor a video depends on the number of processes.
         batches = [jobs[i:i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
-        mine = batches[process.rank::process.world]
+        mine, written = batches[process.rank::process.world], []
+        variants = compare_variants(settings, lambdas, subjects) if args.compare else [("", subjects, lambdas)]
         steps = sum(len(batch) for batch in mine) * len(variants) * settings.steps
-        written = []
         with Progress(total=steps, unit="step", disable=process.rank > 0) as bar:
             for number, batch in enumerate(mine, 1):
                 bar.set_description(f"batch {number}/{len(mine)}")
-                written += make_batch(args, base, settings, batch, variants, bar)
+                written += make_batch(args, base, settings, tokens, batch, variants, bar)
         leave_processes(process)
-    asked = len(prompts) * args.num
-    if process.rank == 0 and len(jobs) < asked:
-        print(f"{asked - len(jobs)} of {asked} videos were there already")
-    print(f"peak memory {peak_memory():.1f} GB")
+    existing = len(prompts) * args.num - len(jobs)
+    if process.rank == 0 and existing:
+        print(f"{existing} of {len(prompts) * args.num} videos were there already")
+    if torch.cuda.is_available():
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GB")
     print("wrote " + (" ".join(map(str, written)) or "nothing"))
 
 
-def list_jobs(args, prompts, seed, facts):
-    """-> list of (path without suffix, facts) of the videos that are to be made, and are not there yet."""
+def video_settings(args, settings, base, subjects):
+    """What determines the pixels of a video besides its prompt and seed, as its JSON records it."""
+    recorded = {name: getattr(settings, name) for name in FLAGS[SamplingDefaults]}
+    if args.lambdas:
+        recorded |= {"lambda_s": None, "lambda_l": None, "K": None}
+    of_subjects = [{"fingerprint": subject.fingerprint(), "placeholder": subject.placeholder,
+                    "class_word": subject.class_word} for subject in subjects]
+    return recorded | {"lambdas": args.lambdas, "precision": base.precision, "compile": args.compile,
+                       "negative_prompt": args.negative_prompt, "base": base.config.name,
+                       "base_fingerprint": base.config.fingerprint, "subjects": of_subjects,
+                       "compare": args.compare}
+
+
+def list_jobs(args, prompts, seed, recorded):
+    """-> list of (path without suffix, prompt number, settings) of the videos that do not exist yet."""
+    endings = [f".{ending}" for ending in args.format]
+    endings += ["-frames.png"] * args.compare + ["-process.png"] * args.show_process
     jobs = []
     for n, prompt in enumerate(prompts):
         number = f"{n:03d}-" if args.prompts else ""
-        for k in range(args.num):
-            job = {"prompt": prompt, "seed": seed + k, **facts, "compare": args.compare}
-            if path := free_path(args.out, f"{number}{slug(prompt)}-{seed + k}", job, endings(args)):
-                jobs.append((path, job))
+        for k in range(seed, seed + args.num):
+            job = {"prompt": prompt, "seed": k, **recorded}
+            if path := free_path(args.out, f"{number}{slug(prompt)}-{k}", job, endings):
+                jobs.append((path, n, job))
     return jobs
 
 
-def make_batch(args, base, settings, batch, variants, bar):
+def make_batch(args, base, settings, tokens, batch, variants, bar):
     """Samples and writes the videos of one batch of jobs, in every variant -> the paths written."""
     start, videos, written = time.time(), {}, []
     for label, subjects, lambdas in variants:
@@ -195,37 +222,32 @@ def make_batch(args, base, settings, batch, variants, bar):
             if args.show_process:
                 predicted.append(z_0)
 
-        prompts = [job["prompt"] for _, job in batch]
-        seeds = [job["seed"] for _, job in batch]
-        if not subjects:  # the base is asked for the class
-            prompts = [base_prompt(job) for _, job in batch]
-        made = generate(base, prompts, seeds, subjects, settings, lambdas, args.negative_prompt, on_step)
-        videos[label] = made.numpy()
+        prompts = tokens[[n for _, n, _ in batch]]
+        if args.compare and not subjects:  # the base is asked for the class instead of the subject
+            prompts = [without_placeholders(job["prompt"], [subject["placeholder"] for subject in job["subjects"]])
+                       for _, _, job in batch]
+        seeds = [job["seed"] for _, _, job in batch]
+        videos[label] = generate(base, prompts, seeds, subjects, settings, lambdas, args.negative_prompt,
+                                 on_step).numpy()
 
     K, steps = settings.K, len(predicted)  # show mostly early steps, where motion forms (paper, Fig. 3)
     shown = sorted({0, 1, 2, K - 1, K, 2 * K, steps // 2, steps - 1} & set(range(steps)))
-    process = {f"step {i + 1}, lambda {lambdas[i]:g}": base.decode(predicted[i]).numpy() for i in shown}
-    for b, (path, job) in enumerate(batch):
+    shown_clips = {f"step {i + 1}, lambda {lambdas[i]:g}": base.decode(predicted[i]).numpy() for i in shown}
+    for b, (path, _, job) in enumerate(batch):
         video, pictures = videos[label][b], {}
         if args.compare:
             variants_of_b = {label: video[b] for label, video in videos.items()}
             video, pictures["frames"] = side_by_side(variants_of_b), sheet(variants_of_b)
         if args.show_process:
-            pictures["process"] = sheet({label: video[b] for label, video in process.items()})
+            pictures["process"] = sheet({label: clip[b] for label, clip in shown_clips.items()})
             bar.write(f"{path.name}: {motion_line([z_0[b] for z_0 in predicted], shown)}")
         job["seconds"] = round((time.time() - start) / len(batch), 2)
         written += save_video(path, video, args.format, settings.save_fps, job, pictures)
     return written
 
 
-def base_prompt(job):
-    return without_placeholders(job["prompt"], [subject["placeholder"] for subject in job["subjects"]])
-
-
 def compare_variants(settings, lambdas, subjects):
     """Label, subjects and lambdas of the three videos that --compare sets side by side."""
-    if not subjects:
-        raise BadInput("--compare: needs a subject")
     constant = [settings.lambda_l] * settings.steps
     return [("base", [], lambdas), (f"constant {settings.lambda_l:g}", subjects, constant),
             ("schedule", subjects, lambdas)]
@@ -237,7 +259,7 @@ def compare_variants(settings, lambdas, subjects):
 
 def parse_args():
     p = FlagParser(description="Sample videos of learned subjects (CustomCrafter, Algorithm 1).",
-                   epilog="Flags left out take the base's own defaults, from its config.json.")
+                   epilog="A flag that is not given takes its value from the base's config.json.")
     p.add_argument("--base", type=Path, default=default_base(), help="base folder (default: %(default)s)")
     p.add_argument("--subject", action="append", default=[],
                    help="subject.safetensors, its run, or none; repeat for several; default: the newest")
@@ -254,14 +276,15 @@ def parse_args():
     p.add_argument("--compare", action="store_true",
                    help="base with the class word, constant lambda_l and the schedule, side by side")
     p.add_argument("--show_process", action="store_true",
-                   help="also the clean video as predicted at several steps, and when it moves as it will")
+                   help="also save the predicted clean video at several steps, and print when its motion is "
+                        "settled")
     p.add_argument("--format", nargs="+", choices=["mp4", "gif", "png"], default=["mp4", "gif"],
                    help="kinds of files to write; png: one picture with all frames (default: mp4 gif)")
     add_speed_flags(p, ["float32", "bfloat16", "float16"])
     p.add_argument("--out", type=Path, default=Path("outputs"), help="folder to write to (default: outputs)")
     args = p.parse_args()
     own = {"seed": (0, 2**62), "num": (1, 100_000), "batch_size": (1, 1024)}
-    check_flags(args, RANGES[SamplingDefaults] | own)
+    check_flags(args, FLAGS[SamplingDefaults] | own)
     check_out(args.out)
     if "mp4" in args.format:
         check_ffmpeg("--format mp4", "or pass --format gif")

@@ -1,23 +1,11 @@
-"""Texts: what a placeholder such as V* is, and captions and prompts that hold one.
+"""Captions beside photos, and prompts: where they come from, and whether V* is in them.
 
 Nothing to run here. A reader of the method may skip this page.
 """
 import re
 
-from cli import BadInput, one_line, read_text, warn
 from model import TEXT_LENGTH, Tokenizer
-
-
-def check_placeholder(placeholder, flag="--placeholder"):
-    one_word = re.fullmatch(r"\S{1,32}", placeholder) and placeholder.isprintable()
-    if not one_word or not re.search(r"\W", placeholder) or placeholder.startswith("#"):
-        raise BadInput(f"{flag} {placeholder!r}: should be one word, without spaces, that holds a sign which "
-                       f"ordinary words do not and does not begin with #, such as V* or <new1>")
-
-
-def default_prompt(settings, subjects):
-    names = [f"{subject.placeholder} {subject.class_word}" for subject in subjects]
-    return settings.prompt.replace("V* {class word}", " and a ".join(names))
+from support.cli import BadInput, one_line, warn
 
 
 def without_placeholders(prompt, placeholders):
@@ -25,28 +13,33 @@ def without_placeholders(prompt, placeholders):
 
     The placeholders are found as the text tower finds them, by Tokenizer.
     """
-    names = Tokenizer.cutter(placeholders).pattern
+    names = Tokenizer.splitter_at(placeholders).pattern
     prompt = re.sub(rf"(?:\b(?:called|named)\s+)?(?:{names})(?:['’]s\b|-\w+)?", " ", prompt)
     return re.sub(r"\s+([,.;:!?])", r"\1", " ".join(prompt.split()))
 
 
-def made_up_words(prompt):
+def placeholders_like(prompt):
     """The words that look like placeholders, V* or <new1>, for the base alone, which knows no subject."""
     return re.findall(r"(?<!\w)(?:<[\w-]+>|[A-Za-z]\w*\*)(?!\w)", prompt)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Captions
+
+
 def caption_file(picture):
-    """NAME.jpg -> NAME.txt, or a file with one of the other names that captions have in use."""
-    names = [picture.with_suffix(ending) for ending in (".txt", ".TXT", ".caption", ".CAPTION")]
-    names += [picture.with_name(f"{picture.name}{ending}") for ending in (".txt", ".TXT", ".caption")]
-    return next((path for path in names if path.exists()), names[0])
+    """NAME.jpg -> NAME.txt, or a file with one of the other names that captions commonly have."""
+    names = [f"{stem}{ending}" for stem in (picture.stem, picture.name)
+             for ending in (".txt", ".TXT", ".caption", ".CAPTION")]
+    present = {path.name for path in picture.parent.iterdir()}     # a name may be too long to ask for
+    return picture.with_name(next((name for name in names if name in present), names[0]))
 
 
 def read_caption(picture):
     """The text beside a picture, on one line; empty if there is none. Raises BadInput if it is not UTF-8."""
     path = caption_file(picture)
     try:
-        return " ".join(read_text(path).split())
+        return " ".join(path.read_text(encoding="utf-8-sig").split())
     except FileNotFoundError:
         return ""
     except (ValueError, OSError) as error:
@@ -55,39 +48,40 @@ def read_caption(picture):
 
 
 def subject_caption(picture, placeholder, class_word):
-    """The caption beside a photo, with the placeholder in it where one is given. Raises BadInput."""
+    """The caption beside a photo, with the placeholder put before the class word if it lacks one.
+
+    Raises BadInput if it has neither, or if the placeholder comes too late to be read.
+    """
     path, caption = caption_file(picture), read_caption(picture)
-    if not caption or not placeholder:
+    if not caption:
         return caption
     tokenizer = Tokenizer([placeholder])
-    if not tokenizer.cut.search(caption):
-        named = re.search(rf"(?<!\w){re.escape(class_word)}(?!\w)", caption, re.IGNORECASE)
-        if not named:
-            raise BadInput(f"{path}: holds neither {placeholder} nor {class_word}; write {placeholder} where "
+    if not tokenizer.splitter.search(caption):
+        class_name = re.search(rf"(?<!\w){re.escape(class_word)}(?!\w)", caption, re.IGNORECASE)
+        if not class_name:
+            raise BadInput(f"{path}: has neither {placeholder} nor {class_word}; write {placeholder} where "
                            f"the caption names the subject")
-        caption = f"{caption[:named.start()]}{placeholder} {caption[named.start():]}"
+        caption = f"{caption[:class_name.start()]}{placeholder} {caption[class_name.start():]}"
         warn(f"{path}: lacks {placeholder}; read as {caption!r}")
-    if tokenizer.ids[placeholder] not in tokenizer.encode(caption)[:TEXT_LENGTH - 2]:
+    if tokenizer.ids[placeholder] not in tokenizer([caption]):
         raise BadInput(f"{path}: {placeholder} comes after the {TEXT_LENGTH - 2} tokens that are read; "
                        f"put it earlier")
     return caption
 
 
-def counted(photos, subject_words):
-    """What a training has read: "4 photos of V* dog, 3 with a caption"."""
-    captions = sum(bool(photo.caption) for photo in photos)
-    return f"{len(photos)} photos of {subject_words}, {captions} with a caption"
+# ------------------------------------------------------------------------------------------------------------
+# Prompts
 
 
 def read_prompts(path):
     """--prompts: a text file with a prompt or a # comment per line -> list of prompts. Raises BadInput."""
     try:
-        lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise BadInput(f"--prompts {path}: not a readable UTF-8 text file ({one_line(error)})") from None
     prompts = [line for line in lines if not line.startswith("#")]
     if not prompts:
-        raise BadInput(f"--prompts {path}: holds no prompt; write one on each line")
+        raise BadInput(f"--prompts {path}: has no prompt; write one on each line")
     for prompt in prompts:
         if re.search(r"\s--[a-z]+\s+\S", prompt):
             warn(f"--prompts {path}: {prompt!r} holds flags, which are read as words here; "
@@ -95,8 +89,8 @@ def read_prompts(path):
     return prompts
 
 
-def pick_prompts(args, settings, subjects):
-    """--prompts, --prompt or the base's own -> list of prompts, each checked. Raises BadInput; warns."""
+def pick_prompts(args, sampling, subjects):
+    """--prompts, --prompt or the base's own -> prompts, and their tokens (n, L). Raises BadInput; warns."""
     placeholders = [subject.placeholder for subject in subjects]
     if len(set(placeholders)) < len(placeholders):
         raise BadInput(f"--subject: {len(subjects)} subjects share the placeholder {placeholders[0]}; "
@@ -106,28 +100,32 @@ def pick_prompts(args, settings, subjects):
     elif args.prompt:
         prompts = [args.prompt]
     elif subjects:
-        prompts = [default_prompt(settings, subjects)]
+        prompts = [sampling.prompt_for(subjects)]
     else:
         raise BadInput("--prompt: is needed where there is no subject")
-    if not subjects:  # the base alone, asked what a subject's prompts ask
-        prompts = [without_placeholders(prompt, made_up_words(prompt)) for prompt in prompts]
-    check_prompts([args.negative_prompt], [], "--negative_prompt")
-    check_prompts(prompts, placeholders, f"--prompts {args.prompts}" if args.prompts else "--prompt")
-    return prompts
+    if not subjects:  # the base is asked for the class instead of the subject
+        prompts = [without_placeholders(prompt, placeholders_like(prompt)) for prompt in prompts]
+    source = f"--prompts {args.prompts}" if args.prompts else "--prompt"
+    return prompts, prompt_tokens(prompts, placeholders, source)
 
 
-def check_prompts(prompts, placeholders, source):
-    """Every prompt holds every placeholder where the text tower reads it: else BadInput, or a warning."""
+def prompt_tokens(prompts, placeholders, source):
+    """Prompts -> tokens (n, L). Warns of a prompt that is too long or names no subject.
+
+    Raises BadInput if a placeholder comes too late to be read.
+    """
     tokenizer = Tokenizer(placeholders)
-    for prompt in prompts:
-        ids = tokenizer.encode(prompt)
-        kept, dropped = ids[:TEXT_LENGTH - 2], ids[TEXT_LENGTH - 2:]
+    tokens = tokenizer(prompts)
+    for prompt, row in zip(prompts, tokens):
         for word in placeholders:
-            if tokenizer.ids[word] in dropped:
-                raise BadInput(f"{source} {prompt!r}: {word} comes after the {TEXT_LENGTH - 2} tokens "
-                               f"that are read; put it earlier")
-            if tokenizer.ids[word] not in kept:
+            if tokenizer.ids[word] not in row:
+                if tokenizer.splitter.search(prompt) and word in tokenizer.splitter.findall(prompt):
+                    raise BadInput(f"{source} {prompt!r}: {word} comes after the {TEXT_LENGTH - 2} tokens "
+                                   f"that are read; put it earlier")
                 warn(f"{source} {prompt!r}: {word} is not in it, so the video will hardly show that subject")
-        if dropped:
-            warn(f"{source}: only {TEXT_LENGTH - 2} tokens are read; "
-                 f"dropped: {tokenizer.bpe.decode(dropped)!r}")
+        if row[-1] == tokenizer.bpe.eot_token_id:   # the row is full
+            dropped = tokenizer.encode(prompt)[TEXT_LENGTH - 2:]
+            if dropped:
+                warn(f"{source}: only {TEXT_LENGTH - 2} tokens are read; "
+                     f"dropped: {tokenizer.bpe.decode(dropped)!r}")
+    return tokens

@@ -7,42 +7,41 @@ import os
 import re
 import subprocess
 import unicodedata
-from itertools import islice
+from itertools import count, islice
 
-import imageio.v3 as iio
-import imageio_ffmpeg
 import numpy as np
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from cli import BadInput, check_regular, complete_or_absent, one_line, quiet_libraries, read_json
+from support.cli import BadInput, atomic_write, one_line
 
-
-# What ffmpeg makes of RGB: BT.601's matrix, sRGB's curve. Untagged, players guess another at HD sizes.
-COLOURS = ["-color_range", "tv", "-colorspace", "smpte170m", "-x264-params",
-           "colorprim=bt709:transfer=iec61966-2-1:colormatrix=smpte170m"]
+VIDEOS = {".mp4", ".webm", ".avi", ".mov", ".mkv"}
+# The colours that ffmpeg writes for RGB: BT.601's matrix, sRGB's curve. Without the tags, players guess others
+# at HD sizes. With `faststart`, a browser plays a video before it has loaded all of it.
+FFMPEG_FLAGS = ["-color_range", "tv", "-colorspace", "smpte170m", "-movflags", "+faststart", "-x264-params",
+                "colorprim=bt709:transfer=iec61966-2-1:colormatrix=smpte170m"]
 
 
 def write_mp4(path, video, fps, quality):
-    """Video -> H.264. macro_block_size 1 keeps the size, which imageio else rounds up to 16 in silence."""
+    """Video -> H.264. Raises BadInput if the file lacks a frame, because imageio hides a failure of ffmpeg."""
+    import imageio.v3 as iio
     try:
-        with quiet_libraries():
-            iio.imwrite(path, video, plugin="FFMPEG", fps=fps, codec="libx264", quality=quality,
-                        macro_block_size=1, output_params=COLOURS)
-        # imageio hides ffmpeg's failure. It would read an empty file for ten seconds.
+        # With a macro block of 1, imageio does not silently round the size up to a multiple of 16.
+        iio.imwrite(path, video, plugin="FFMPEG", fps=fps, codec="libx264", quality=quality,
+                    macro_block_size=1, output_params=FFMPEG_FLAGS)
         complete = path.stat().st_size > 0 and len(read_video(path)) == len(video)
-    except (OSError, BadInput):  # ffmpeg ended early, or what it wrote is no video
+    except (OSError, BadInput):
         complete = False
     if not complete:
-        raise BadInput(f"{path}: ffmpeg did not write all {len(video)} frames; make room, take an ffmpeg "
-                       f"with libx264, or pass --format gif")
+        raise BadInput(f"{path}: ffmpeg did not write all {len(video)} frames; make room, install an "
+                       f"ffmpeg with libx264, or pass --format gif")
 
 
 def write_gif(path, video, fps):
     """Video -> GIF that keeps every frame, at the nearest delay that players honour: 1/50 s or longer."""
     delay = 10 * max(2, round(100 / fps))  # GIF counts in 1/100 s, and players show shorter ones at 1/10 s
     frames = [Image.fromarray(frame).quantize(255) for frame in video]
-    for before, frame in zip(frames, frames[1:]):  # Pillow merges equals: nudge one pixel
+    for before, frame in zip(frames, frames[1:]):  # Pillow merges equal frames, so change one pixel a little
         if before.convert("RGB").tobytes() == frame.convert("RGB").tobytes():
             red, green, blue = frame.convert("RGB").getpixel((0, 0))
             palette = frame.getpalette()
@@ -52,9 +51,11 @@ def write_gif(path, video, fps):
 
 
 def check_ffmpeg(flag, other_way):
-    """An ffmpeg is there, and runs. Raises BadInput that names `flag`."""
-    named = os.environ.get("IMAGEIO_FFMPEG_EXE")
-    advice = "unset IMAGEIO_FFMPEG_EXE" if named else "pip install imageio[ffmpeg]"
+    """ffmpeg is installed, and runs. Raises BadInput that names `flag`."""
+    import imageio_ffmpeg
+    advice = "pip install imageio[ffmpeg]"
+    if os.environ.get("IMAGEIO_FFMPEG_EXE"):
+        advice = "unset IMAGEIO_FFMPEG_EXE"
     try:
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-version"]
         subprocess.run(command, check=True, capture_output=True, timeout=60)
@@ -63,32 +64,30 @@ def check_ffmpeg(flag, other_way):
                        f"{other_way}") from None
 
 
-def read_video(path, frames=None):
-    """mp4 or gif -> video. Raises BadInput, also where there are not `frames` frames if they are given."""
-    reader = {"plugin": "FFMPEG"} if path.suffix == ".mp4" else {"plugin": "pillow", "mode": "RGB"}
+def read_video(path):
+    """mp4 or gif -> video. Raises BadInput."""
+    import imageio.v3 as iio
+    reader = {"plugin": "FFMPEG"} if path.suffix != ".gif" else {"plugin": "pillow", "mode": "RGB"}
     try:
-        check_regular(path)
-        video = iio.imread(path, **reader)
-        if frames not in (None, len(video)):
-            raise ValueError(f"it has {len(video)} frames, and its JSON says {frames}")
-        return video
+        return iio.imread(path, **reader)
     except Exception as error:  # imageio's plugins each raise their own
         if path.suffix == ".mp4":
             check_ffmpeg(path, "or move the mp4 away if its gif will do")
-        hint = "delete its JSON and sample it again"
-        raise BadInput(f"{path}: not a readable video ({one_line(error)}); {hint}") from None
+        raise BadInput(f"{path}: not a readable video ({one_line(error)}); "
+                       f"delete its JSON and sample it again") from None
 
 
-def first_frames(path, frames):
-    """Video file -> its first `frames` frames as RGB images. Raises ValueError if it has fewer."""
-    images = [Image.fromarray(frame) for frame in islice(iio.imiter(path, plugin="FFMPEG"), frames)]
-    if len(images) < frames:
-        raise ValueError(f"has {len(images)} frames, and {frames} are needed")
+def first_frames(path, num_frames):
+    """Video file -> its first `num_frames` frames as RGB images. Raises ValueError if it has fewer."""
+    import imageio.v3 as iio
+    images = [Image.fromarray(frame) for frame in islice(iio.imiter(path, plugin="FFMPEG"), num_frames)]
+    if len(images) < num_frames:
+        raise ValueError(f"has {len(images)} frames, and {num_frames} are needed")
     return images
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A video, and beside it a JSON with all that its pixels depend on
+# A video, and beside it a JSON with everything that determines its pixels
 
 
 def slug(text):
@@ -96,55 +95,41 @@ def slug(text):
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "x"
 
 
-def endings(args):
-    """What sample.py writes of each video, as its flags ask."""
-    pictures = ["-frames.png"] * args.compare + ["-process.png"] * args.show_process
-    return [f".{ending}" for ending in args.format] + pictures
-
-
 def with_ending(path, ending):
     """FOLDER/STEM -> FOLDER/STEM.gif or STEM-frames.png."""
     return path.with_name(f"{path.name}{ending}")
 
 
-def free_path(folder, stem, facts, endings):
-    """FOLDER/STEM, or STEM-2 ..., for a video that is made as `facts` says; None if all its files are there.
+def free_path(folder, stem, settings, endings):
+    """FOLDER/STEM, or STEM-2 ..., for a video that is made by `settings`; None if it exists with all its files.
 
-    Files of that name without a JSON are someone else's, or a killed run's, and stay. A file is there if it
-    has as many bytes as its JSON says, so not where it was cut since.
+    Files of that name without a JSON are someone else's, and stay.
     """
-    for path in [folder / stem, *(folder / f"{stem}-{i}" for i in range(2, 10_000))]:
-        facts_path = with_ending(path, ".json")
-        found = facts_beside(facts_path)
-        files = [with_ending(path, ending) for ending in endings]
-        if found is None and not any(map(os.path.lexists, [facts_path, *files])):
+    for number in count(1):
+        path = folder / (stem if number == 1 else f"{stem}-{number}")
+        files, recorded = [with_ending(path, ending) for ending in endings], read_json(with_ending(path, ".json"))
+        if recorded is None and not any(file.exists() for file in [with_ending(path, ".json"), *files]):
             return path
-        if found and {key: found.get(key) for key in facts} == facts:
-            sizes = recorded_sizes(found)
-            present = [file.is_file() and file.stat().st_size == sizes.get(file.name, file.stat().st_size)
-                       for file in files]
-            return None if all(present) else path
+        if recorded and {key: recorded.get(key) for key in settings} == settings:
+            return None if all(file.exists() for file in files) else path
 
 
-def facts_beside(path):
-    """The JSON beside a video -> its entries; None if there is no such file, {} if it is not one of ours."""
+def read_json(path):
+    """A JSON file's dictionary, or None if there is none that can be read."""
     try:
-        facts = read_json(path)
-        return facts if isinstance(facts, dict) else {}
-    except FileNotFoundError:
-        return None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else None
     except (OSError, ValueError):
-        return {}
+        return None
 
 
-def recorded_sizes(facts):
-    """File name -> bytes, of the files that a JSON speaks of."""
-    sizes = facts.get("bytes")
-    return sizes if isinstance(sizes, dict) else {}
+def write_json(path, content):
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def save_video(path, video, formats, fps, facts, pictures):
-    """Writes path.mp4, .gif or .png, path-NAME.png of each picture, path.json with `facts` -> their paths.
+def save_video(path, video, formats, fps, settings, pictures):
+    """Writes path.mp4, .gif or .png, path-NAME.png of each picture, path.json with `settings` -> their paths.
 
     The JSON comes last, so a video that has one is complete.
     """
@@ -152,7 +137,7 @@ def save_video(path, video, formats, fps, facts, pictures):
 
     def file(ending):
         written.append(with_ending(path, ending))
-        return complete_or_absent(written[-1])
+        return atomic_write(written[-1])
 
     for ending in sorted(formats):  # the gif first: it stays if ffmpeg fails
         with file(f".{ending}") as temporary:
@@ -165,11 +150,8 @@ def save_video(path, video, formats, fps, facts, pictures):
     for name, picture in pictures.items():
         with file(f"-{name}.png") as temporary:
             picture.save(temporary)
-    sizes = recorded_sizes(facts_beside(with_ending(path, ".json")) or {})
-    with file(".json") as temporary:
-        facts = facts | {"bytes": sizes | {file.name: file.stat().st_size for file in written[:-1]}}
-        temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    return written
+    write_json(with_ending(path, ".json"), settings)
+    return [*written, with_ending(path, ".json")]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -183,16 +165,12 @@ def enlarged(frame):
     return image.resize((factor * image.width, factor * image.height), Image.BICUBIC)
 
 
-def ascii_letters(text):
-    """Accents are taken off; letters that the built-in font does not have are left out."""
-    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-
-
 def labelled(images, label):
-    """A row of images of one size with a label over it."""
+    """A row of images of one size with a label over it. The built-in font has ASCII letters only."""
     width, height = images[0].size
     row = Image.new("RGB", (len(images) * width, height + 14), "white")
-    ImageDraw.Draw(row).text((3, 1), ascii_letters(label), fill="black")
+    letters = unicodedata.normalize("NFKD", label).encode("ascii", "ignore").decode()
+    ImageDraw.Draw(row).text((3, 1), letters, fill="black")
     for i, image in enumerate(images):
         row.paste(image, (i * width, 14))
     return row
@@ -219,11 +197,11 @@ def sheet(videos, columns=8):
 # Motion, as it forms
 
 
-def motion_held(predicted, final):
-    """How far two clips (C, T, H, W) move alike: 1 for the same motion, 0 for a still clip.
+def motion_similarity(predicted, final):
+    """How alike two clips (C, T, H, W) move: 1 for the same motion, 0 for a still clip.
 
-    This is the correlation of what moves: each frame less the clip's mean frame. A correlation leaves out how
-    strong a motion is. Early predictions are averages of many clips, so they are all too weak.
+    This is the correlation of each frame minus the clip's mean frame. It ignores how strong a motion is,
+    because early predictions are averages of many clips, so they all move too weakly.
     """
     moving = [(clip - clip.mean(dim=1, keepdim=True)).flatten() for clip in (predicted, final)]
     return F.cosine_similarity(*moving, dim=0).item()
@@ -232,11 +210,11 @@ def motion_held(predicted, final):
 def motion_line(predicted, shown, enough=0.9):
     """A clip (C, T, H, W) as predicted at each step, the last time final -> a line of text on its motion.
 
-    The first step that holds `enough` of the motion is a K to try: motion has formed by then.
+    The first step with `enough` of the final motion is a K to try, because motion has formed by then.
     """
-    held = [motion_held(clip, predicted[-1]) for clip in predicted]
-    if len(predicted[-1][0]) == 1 or max(held) < enough:
-        return "nothing moves in it"
-    first = next(i for i, share in enumerate(held) if share >= enough)
-    at_steps = ", ".join(f"{held[i]:.2f} at step {i + 1}" for i in shown)
+    shares = [motion_similarity(clip, predicted[-1]) for clip in predicted]
+    if len(predicted[-1][0]) == 1 or max(shares) < enough:
+        return "the clip does not move"
+    first = next(i for i, share in enumerate(shares) if share >= enough)
+    at_steps = ", ".join(f"{shares[i]:.2f} at step {i + 1}" for i in shown)
     return f"motion {at_steps}; the first step with {enough} of it is {first + 1}"
