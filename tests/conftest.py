@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from makers import write_base
-from files import load_base  # makers.py put the repository's root on the path
+from support.files import load_base  # makers.py put the repository's root on the path
 
 
 def pytest_configure(config):

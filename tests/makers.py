@@ -18,12 +18,11 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from cli import run_script  # noqa: E402
-from config import BaseConfig, SamplingDefaults, TrainingDefaults  # noqa: E402
-from files import PARTS, base_files, build_part, fingerprint, save_base_config  # noqa: E402
-from lora import Subject  # noqa: E402
+from support.cli import run_script  # noqa: E402
+from support.config import BaseConfig, SamplingDefaults, TrainingDefaults, save_config  # noqa: E402
+from support.files import PARTS, Subject, build_part, fingerprint  # noqa: E402
+from lora import target_names  # noqa: E402
 from model import TextConfig, UNetConfig, VAEConfig  # noqa: E402
-from paper.baselines import METHODS  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------
 # A tiny base, and subjects of it
@@ -50,27 +49,28 @@ def write_base(folder, seed=0, vae_levels=4):
             if not p.any():
                 torch.nn.init.normal_(p, std=0.05)
         states[part] = network.state_dict()
-    config.fingerprint = fingerprint(states)
-    folder.mkdir(parents=True)
+    return write_states(folder, config, states)
+
+
+def write_states(folder, config, states):
+    """A base folder of part -> state dict, with the fingerprint of these weights."""
+    config.fingerprint = fingerprint((f"{part}.{name}", states[part][name])
+                                     for part in PARTS for name in sorted(states[part]))
+    folder.mkdir(parents=True, exist_ok=True)
     for part, state in states.items():
-        save_file(state, folder / f"{part}.safetensors")
-    config_path, *weights = base_files(folder)
-    save_base_config(config, config_path, weights)
+        save_file(state, folder / f"{part}.safetensors", {"fingerprint": config.fingerprint})
+    save_config(config, folder / "config.json")
     return folder
 
 
-def random_subject(base, rank=2, scale=0.3, method="customcrafter"):
-    """A subject whose numbers are random. The method "cross" is the paper's with --targets cross."""
+def random_subject(base, rank=2, scale=0.3, targets="all"):
+    """A subject whose numbers are random."""
     torch.manual_seed(2)
-    targets = "all"
-    if method == "cross":
-        method, targets = "customcrafter", "cross"
-    subject = Subject("V*", "dog", rank, base.config.name, base.config.fingerprint, 7, method,
-                      {"targets": targets}, v_star=torch.randn(1, base.config.text.width))
-    with torch.device("meta"):
-        layers = METHODS[method].add_layers(build_part("unet", base.config), rank, targets)
-    for name, layer in layers.items():
-        subject.updates[name] = tuple(scale * torch.randn(tensor.shape) for tensor in layer.tensors())
+    subject = Subject("V*", "dog", base.config.name, base.config.fingerprint, 7, {"images": "photos"},
+                      torch.randn(1, base.config.text.width))
+    for name in target_names(base.unet, targets):
+        C_out, C_in = base.unet.get_submodule(name).weight.shape
+        subject.lora[name] = scale * torch.randn(rank, C_in), scale * torch.randn(C_out, rank)
     return subject
 
 
@@ -171,7 +171,7 @@ def fork_ranks(world, main, argv, cwd):
     pids = []
     for rank in range(world):
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": port}
+                       "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
         before = lambda: os.environ.update({name: str(value) for name, value in environment.items()})
         pids.append(fork(main, argv, cwd, before, f"output-{rank}" if rank else "output"))
     return pids
