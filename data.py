@@ -41,14 +41,14 @@ def still_video(z, num_frames):
 class Samples:
     """What a training sees. Sample number i is the same on any number of processes, and after any stop."""
 
-    def __init__(self, photos, placeholder, class_word, prior, seed, num_frames, sampling, factor, flip=True):
-        """`prior`: latents (n, 4, T, h, w) and contexts (n, L, D) of the class, or None. `factor` is H / h.
-        `flip` mirrors half of the photos.
+    def __init__(self, photos, placeholder, class_word, prior, seed, training, sampling, factor, flip=True):
+        """`prior`: latents (n, 4, T or 1, h, w), contexts (n, L, D) of the class, and the context (L, D) of an
+        empty caption; or None. `factor` is H / h. `flip` mirrors half of the photos.
         """
-        self.photos, self.prior, self.seed = photos, prior, seed
+        self.photos, self.prior, self.seed, self.dropout = photos, prior, seed, training.caption_dropout
         self.subject_words = f"{placeholder} {class_word}"
         self.height, self.width, self.flip = sampling.height, sampling.width, flip
-        self.z_shape = (Z_CHANNELS, num_frames, self.height // factor, self.width // factor)
+        self.z_shape = (Z_CHANNELS, training.frames, self.height // factor, self.width // factor)
         self.tokenizer = Tokenizer([placeholder])
 
     def batch(self, numbers):
@@ -59,18 +59,24 @@ class Samples:
         t, eps = zip(*(noise_sample(2 * i, self.seed, self.z_shape) for i in numbers))
         batch = [torch.stack(images), self.tokenizer(captions), torch.tensor(t), torch.stack(eps)]
         if self.prior:
-            z, contexts = self.prior
+            z, contexts, empty = self.prior
             chosen = [int(np.random.default_rng((self.seed, 2, i)).integers(len(z))) for i in numbers]
-            z_0 = z[chosen].expand(-1, -1, self.z_shape[1], -1, -1)
+            z_0 = z[chosen] if z.shape[2] > 1 else still_video(z[chosen, :, 0], self.z_shape[1])
+            context = [empty if self.drops_caption(i, 1) else contexts[k] for i, k in zip(numbers, chosen)]
             t, eps = zip(*(noise_sample(2 * i + 1, self.seed, z_0.shape[1:]) for i in numbers))
-            batch += [z_0, contexts[chosen], torch.tensor(t), torch.stack(eps)]
+            batch += [z_0, torch.stack(context), torch.tensor(t), torch.stack(eps)]
         return batch
+
+    def drops_caption(self, i, which):
+        """Whether sample number i has an empty caption; `which` is 0 for the subject and 1 for the prior."""
+        return np.random.default_rng((self.seed, 4, i)).random(2)[which] < self.dropout
 
     def subject_sample(self, i):
         """Sample number i -> image (3, H, W), caption. Every photo comes once before any comes again."""
         photo, rng = self.photo_of(i), np.random.default_rng((self.seed, 1, i))
         caption = photo.caption or TEMPLATES[rng.integers(len(TEMPLATES))].format(self.subject_words)
-        return crop(photo.image, self.height, self.width, rng, flip=self.flip), caption
+        image = crop(photo.image, self.height, self.width, rng, flip=self.flip)
+        return image, "" if self.drops_caption(i, 0) else caption
 
     def photo_of(self, i):
         epoch, place = divmod(i, len(self.photos))

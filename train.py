@@ -12,8 +12,10 @@ Shapes: B subject clips per process and as many prior clips, T frames, L text to
 latents z (B, 4, T, h, w), 8 times smaller than pixels.
 """
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
@@ -117,10 +119,11 @@ def main():
     torch.manual_seed(args.seed)    # the same start on every process
     layers = add_lora(base.unet, training.rank, args.targets)
     v_star = class_embedding(base.text_encoder, args.class_word)
-    loss = SubjectLoss(base, v_star, layers, sampling.frames, sampling.fps)
-    word_lr = training.lr if args.word_lr is None else args.word_lr
+    loss = SubjectLoss(base, v_star, layers, training.frames, sampling.fps)
+    lr = scaled_lr(training, process)
+    word_lr = lr if args.word_lr is None else args.word_lr
     groups = [{"params": [loss.v_star], "lr": word_lr}, {"params": list(loss.lora)}]
-    optimizer = torch.optim.AdamW(groups, lr=training.lr, weight_decay=training.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=training.weight_decay)
     base.unet.grad_checkpointing = args.grad_checkpointing
 
     # Continue from a save, if asked. A save needs no random state, because a sample follows from its number.
@@ -129,7 +132,7 @@ def main():
     subject = Subject(args.placeholder, args.class_word, config.name, base.config.fingerprint, 0, settings,
                       loss.v_star, lora)
     done = load_training(last_save, subject, optimizer, training.steps) if last_save else 0
-    samples = Samples(photos, args.placeholder, args.class_word, prior, args.seed, sampling.frames, sampling,
+    samples = Samples(photos, args.placeholder, args.class_word, prior, args.seed, training, sampling,
                       config.vae.factor, not args.no_flip)
 
     def next_batch(step, micro_step):
@@ -156,6 +159,17 @@ def main():
         leave_processes(process)
 
 
+def scaled_lr(training, process):
+    """--lr times all clips of a step, subject and prior, as the authors' release does; or --lr itself."""
+    clips = process.world * training.batch_size * training.grad_accum * (2 if training.alpha else 1)
+    lr = training.lr * clips if training.scale_lr else training.lr
+    if process.rank == 0:
+        scientific = partial(np.format_float_scientific, precision=3, trim="-", exp_digits=1)   # 2.4e-4
+        source = f" = {scientific(training.lr)} x {clips} clips" if training.scale_lr else ""
+        print(f"learning rate {scientific(lr)}{source}")
+    return lr
+
+
 def draw_preview(out, base, subject, layers, sampling):
     """Adds a row to OUT/preview.png: the default prompt, with the same two seeds each time.
 
@@ -175,9 +189,8 @@ def draw_preview(out, base, subject, layers, sampling):
 
 
 def encode_prior(args, out, base, training, sampling, process):
-    """The class prior, encoded once -> (latents (n, 4, T, h, w), contexts (n, L, D)), and what identifies it.
-
-    T = 1 if all of it is still.
+    """The class prior, encoded once -> (latents (n, 4, T, h, w), contexts (n, L, D), the empty text's context
+    (L, D)), and what identifies it. T = 1 if all of it is still.
     """
     class_caption, folder = f"a {args.class_word}", args.prior
     if folder is None:
@@ -196,7 +209,8 @@ def encode_prior(args, out, base, training, sampling, process):
         files.append((caption, crc32))
     longest = max(z.shape[1] for z in latents)
     z = torch.stack([z.expand(-1, longest, -1, -1) for z in latents])
-    return (z, torch.stack([contexts[caption] for caption, _ in files])), files
+    contexts = torch.stack([contexts[caption] for caption, _ in files])
+    return (z, contexts, base.encode_text([""])[0]), files
 
 
 def generate_prior(folder, settings, caption, number, sampling, base, process):
@@ -240,7 +254,7 @@ def parse_args():
                    help="folder with pictures or videos of the class (default: the base makes them, once)")
     p.add_argument("--prior_motion", action="store_true", help="the base makes moving clips for the prior")
     add_flags(p, TrainingDefaults)
-    add_flags(p, SamplingDefaults, only=("frames", "height", "width"))
+    add_flags(p, SamplingDefaults, only=("height", "width", "fps"))
     add_speed_flags(p, ["float32", "bfloat16"], training=True)
     p.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     p.add_argument("--out", type=Path, help="folder to write into (default: runs/NAME, as the photo folder)")
@@ -257,7 +271,7 @@ def parse_args():
     pick_images(args)
     config = load_config(args.base)
     config.training = with_flags(config.training, args)
-    config.sampling = with_flags(config.sampling, args, only=("frames", "height", "width"))
+    config.sampling = with_flags(config.sampling, args, only=("height", "width", "fps"))
     check_sampling(config, config.sampling)
     return args, config
 

@@ -21,7 +21,7 @@ class SamplingDefaults:
     frames: int = 16         # the length of VideoCrafter2's own training clips
     height: int = 320
     width: int = 512
-    fps: int = 28            # given to the UNet as a condition: upstream's sampling script
+    fps: int = 16            # given to the UNet as a condition: the authors' release
     save_fps: int = 10       # of the file: upstream's sampling script
     prompt: str = "a V* {class word} running on the grass"
     steps: int = 50
@@ -39,12 +39,18 @@ class SamplingDefaults:
 
 @dataclass
 class TrainingDefaults:
-    """What train.py uses unless a flag is given: the paper's (Sec. "Implementation details"), or ours."""
-    rank: int = 16           # ours
+    """What train.py uses unless a flag is given: the paper's values (Sec. "Implementation details").
+
+    "Release" is the authors' released code, which paper/README.md compares with the paper.
+    """
+    rank: int = 4            # release
     lr: float = 3e-5
+    scale_lr: bool = True    # release: multiply lr by all clips of a step, subject and prior
+    frames: int = 4          # of a still video: release
+    caption_dropout: float = 0.0    # ours; release: 0.2
     weight_decay: float = 1e-2
     steps: int = 10_000
-    batch_size: int = 1      # ours: subject clips per process, each with one prior clip
+    batch_size: int = 1      # release: subject clips per process, each with one prior clip
     grad_accum: int = 1
     alpha: float = 1.0
     num_prior: int = 200
@@ -134,6 +140,9 @@ FLAGS = {
     TrainingDefaults: {
         "rank": (1, 1024, "rank of the LoRA"),
         "lr": (0, 1, "learning rate of AdamW (paper: 3e-5)"),
+        "scale_lr": (0, 1, "multiply --lr by all clips of a step, subject and prior"),
+        "frames": (1, 1024, "frames of a still video"),
+        "caption_dropout": (0, 1, "share of clips, subject and prior, that are trained with an empty caption"),
         "weight_decay": (0, 1, "weight decay of AdamW (paper: 1e-2)"),
         "steps": (1, 10**7, "training steps (paper: 10,000)"),
         "batch_size": (1, 1024, "subject clips per process and step, each with one prior clip"),
@@ -148,7 +157,11 @@ FLAGS = {
 def add_flags(parser, cls, only=None):
     """Adds the flags of a class of defaults, --steps and so on, or those named in `only`."""
     for name in only or FLAGS[cls]:
-        parser.add_argument(f"--{name}", type=type(getattr(cls, name)), help=FLAGS[cls][name][2])
+        kind, text = type(getattr(cls, name)), FLAGS[cls][name][2]
+        if kind is bool:
+            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(f"--{name}", type=kind, help=text)
 
 
 def add_speed_flags(parser, precisions, training=False):

@@ -143,8 +143,9 @@ def lock_run(out, last_save, rank):
 
 def run_settings(args, training, sampling, base, photos, prior_files, process):
     """What a resumed training has to share with its save, recorded in the subject."""
-    settings = {name: getattr(training, name) for name in ("rank", "lr", "weight_decay", "alpha")}
-    settings |= {name: getattr(sampling, name) for name in ("frames", "height", "width", "fps")}
+    settings = {name: getattr(training, name) for name in ("rank", "lr", "scale_lr", "frames", "weight_decay",
+                                                            "alpha", "caption_dropout")}
+    settings |= {name: getattr(sampling, name) for name in ("height", "width", "fps")}
     for name in ("seed", "placeholder", "class_word", "no_flip", "targets", "word_lr"):
         settings[name] = getattr(args, name)
     config = asdict(base.config)
