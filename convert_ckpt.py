@@ -4,26 +4,22 @@
     python convert_ckpt.py path/to/model.ckpt   # a local .ckpt or .safetensors file
 
 The work is a rename table, strict both ways: every official name is used or known to be unused, every tensor
-of ours is filled. The checkpoint stays memory-mapped; our files are written tensor by tensor.
+of ours is filled. The checkpoint stays memory-mapped; our files are written one network at a time.
 """
-import json
-import math
 import os
 import pickle
 import re
-import zipfile
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
-from cli import (ROOT, BadInput, FlagParser, Progress, check_out, complete_or_absent, one_line, only_writer,
-                 read_bytes, run_script)
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from config import BaseConfig
-from files import (PARTS, base_files, build_part, check_replaced, check_tensors, fingerprint, from_hub,
-                   is_plain_state, save_base_config)
+from support.cli import ROOT, BadInput, FlagParser, atomic_write, check_out, lock_folder, one_line, run_script
+from support.config import BaseConfig, save_config
+from support.files import PARTS, build_part, fingerprint, from_hub, read_header
+from support.video import read_json
 
 # Official name -> PART/name of ours. All rules are applied, in this order.
 RENAME = [
@@ -72,7 +68,6 @@ OTHER_CHECKPOINTS = [
     (r"temopral_conv", "it looks like a VideoCrafter checkpoint of another version, or an incomplete one"),
     (r"model\.diffusion_model\.", "it looks like an image model such as Stable Diffusion")]
 REPO, FILE = "VideoCrafter/VideoCrafter2", "model.ckpt"
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}     # safetensors' names
 
 
 def main():
@@ -82,6 +77,7 @@ def main():
     p.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
                    help="what the UNet is stored in; text encoder and VAE are float32 (default: %(default)s)")
     args = p.parse_args()
+    check_replaced(args.out, args.checkpoint)
     path = args.checkpoint or from_hub(REPO, FILE, "checkpoint", "pass its path")
     convert(path, args.out, BaseConfig(), getattr(torch, args.dtype))
     print(f"wrote {args.out}: config.json, " + ", ".join(f"{part}.safetensors" for part in PARTS))
@@ -89,20 +85,41 @@ def main():
 
 def convert(path, out, config, dtype):
     """Checkpoint file -> base folder `out`, which is complete or untouched. Raises BadInput."""
+    official = open_checkpoint(path)
+    plan = match_names(path, {name: tuple(tensor.shape) for name, tensor in official.items()}, config)
+
+    def part_tensors(part):
+        """Our name -> tensor of our shape, in the checkpoint's own precision."""
+        return {ours: official[name].reshape(shape) for ours, (name, shape) in plan[part].items()}
+
+    with lock_folder(out), ExitStack() as files:
+        check_replaced(out, path)
+        # The fingerprint is of the checkpoint's own values, so --dtype does not change it.
+        values = ((f"{part}.{name}", tensor) for part in PARTS
+                  for name, tensor in sorted(part_tensors(part).items()))
+        config.fingerprint = fingerprint(values)
+        save_config(config, files.enter_context(atomic_write(out / "config.json")))
+        for part in PARTS:
+            cast = dtype if part == "unet" else torch.float32
+            state = {name: tensor.to(cast).contiguous() for name, tensor in part_tensors(part).items()}
+            bad = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+            if bad:
+                raise BadInput(f"{path}: {plan[part][bad[0]][0]} has values that are not finite in {cast}; "
+                               f"try --dtype float32, or download the file again")
+            temporary = files.enter_context(atomic_write(out / f"{part}.safetensors"))
+            save_file(state, temporary, {"fingerprint": config.fingerprint})
+
+
+def check_replaced(out, checkpoint):
+    """The files that a base in `out` would replace are such a base's, whole or not. Raises BadInput."""
     check_out(out)
-    targets = base_files(out)
-    if path.resolve() in [target.resolve() for target in targets]:
-        raise BadInput(f"--out {out}: {path} would be written over; name another folder")
-    check_replaced(out)     # before the work, and again when nobody else writes there
-    plan = match_names(path, read_shapes(path), config)
-    with only_writer(out), ExitStack() as files:
-        check_replaced(out)
-        # Replaced in reverse order, so config.json last: its checksums refuse a mixture of old and new.
-        config_path, *part_paths = [files.enter_context(complete_or_absent(target)) for target in targets]
-        states = {}
-        for part_path, (part, names) in zip(part_paths, plan.items()):
-            states[part] = write_part(path, part_path, names, dtype if part == "unet" else torch.float32)
-        save_base_config(replace(config, fingerprint=fingerprint(states)), config_path, part_paths)
+    files = [out / "config.json", *(out / f"{part}.safetensors" for part in PARTS)]
+    if checkpoint and checkpoint.resolve() in [file.resolve() for file in files]:
+        raise BadInput(f"--out {out}: {checkpoint} would be overwritten; name another folder")
+    for file in filter(Path.exists, files):
+        header = read_header(file) if file.suffix == ".safetensors" else read_json(file) or {}
+        if "fingerprint" not in header:
+            raise BadInput(f"--out {out}: {file.name} in it is another model's; name another folder")
 
 
 def match_names(path, shapes, config):
@@ -111,31 +128,30 @@ def match_names(path, shapes, config):
     Raises BadInput unless every name finds its tensor and every tensor its name, with equal shapes.
     """
     text_end = re.compile(TEXT_END.replace("{last}", str(config.text.layers)))
-    official, unknown, plan = {part: {} for part in PARTS}, [], {}
+    names, unknown, plan = {part: {} for part in PARTS}, [], {}
     for name in shapes:
+        part, ours = our_name(name)
         if SCHEDULE.match(name) or text_end.match(name):
             continue
-        part, ours = our_name(name)
         if part not in PARTS:
             unknown.append(name)
-        elif ours in official[part]:
-            raise BadInput(f"{path}: {name} and {official[part][ours]} are the same tensor under two names")
+        elif ours in names[part]:
+            raise BadInput(f"{path}: {name} and {names[part][ours]} are the same tensor under two names")
         else:
-            official[part][ours] = name
-    for part, names in official.items():
+            names[part][ours] = name
+    for part in PARTS:
         with torch.device("meta"):
             expected = build_part(part, config).state_dict()
-        unknown += [name for ours, name in names.items() if ours not in expected]
-        missing = expected.keys() - names.keys()
+        unknown += [name for ours, name in names[part].items() if ours not in expected]
+        missing = expected.keys() - names[part].keys()
         if unknown or missing:
-            first_unknown = f", first {unknown[0]}" if unknown else ""
-            first_missing = f", first {min(missing)}" if missing else ""
-            faults = f"{len(unknown)} unknown names{first_unknown}; {len(missing)} missing{first_missing}"
+            first = ", ".join([*unknown[:1], *sorted(missing)[:1]])
             raise BadInput(f"{path}: not VideoCrafter2's text-to-video checkpoint; {describe(shapes)} "
-                           f"({faults})")
-        found = {ours: without_ones(shapes[name], expected[ours].dim()) for ours, name in names.items()}
-        check_tensors(path, {ours: torch.empty(s, device="meta") for ours, s in found.items()}, expected)
-        plan[part] = {ours: (names[ours], tuple(tensor.shape)) for ours, tensor in expected.items()}
+                           f"({len(unknown)} unknown names, {len(missing)} missing, such as {first})")
+        plan[part] = {ours: (names[part][ours], tuple(tensor.shape)) for ours, tensor in expected.items()}
+        for name, shape in plan[part].values():
+            if without_ones(shapes[name], len(shape)) != shape:
+                raise BadInput(f"{path}: {name} is {shapes[name]}, and {shape} is expected")
     return plan
 
 
@@ -159,14 +175,11 @@ def describe(names):
     return looks[0] if looks else f"download {FILE} from {REPO}"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Reading and writing
-
-
 def open_checkpoint(path):
-    """Checkpoint file -> (name -> shape, function name -> tensor). Memory-mapped; nothing in it is run."""
+    """Checkpoint file -> official name -> tensor, memory-mapped. Nothing in it is run. Raises BadInput."""
     try:
-        head = read_bytes(path, 512)
+        with open(path, "rb") as file:
+            head = file.read(512)
     except OSError as error:
         raise BadInput(f"{path}: {one_line(error)}; pass a .ckpt or .safetensors file") from None
     if re.match(rb"\s*<(!doctype|html)", head, re.IGNORECASE):
@@ -175,60 +188,17 @@ def open_checkpoint(path):
         raise BadInput(f"{path}: is a git-lfs pointer, not the file; `git lfs pull` or download {FILE} again")
     try:
         if path.suffix == ".safetensors":
-            f = safe_open(path, framework="pt")
-            return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}, f.get_tensor
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}
         state = torch.load(path, map_location="cpu", mmap=head[:2] == b"PK", weights_only=True)
-    except Exception as error:  # safetensors, pickle, zip and torch each raise their own
-        if isinstance(error, pickle.UnpicklingError) and re.search("nsupported|GLOBAL", str(error)):
-            raise BadInput(f"{path}: its pickle would run code or build foreign objects, so it is not "
-                           f"loaded; a checkpoint holds plain tensors only") from None
-        raise BadInput(f"{path}: is empty, truncated or damaged ({os.path.getsize(path):,} bytes); "
-                       f"download it again and compare its size") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else None
-    if not is_plain_state(state):
-        raise BadInput(f"{path}: its state_dict is no dictionary of plain tensors; get {FILE} from {REPO}")
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}, state.get
-
-
-def read_shapes(path):
-    """Name -> shape. Raises BadInput, also where a .ckpt's own checksums say that it is damaged."""
-    shapes, _ = open_checkpoint(path)
-    try:
-        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
-    except Exception as error:  # zipfile, zlib and struct each raise their own
-        damaged = one_line(error)
-    if damaged:
-        raise BadInput(f"{path}: is damaged ({damaged}); download it again")
-    return shapes
-
-
-def write_part(path, out, names, dtype):
-    """Our name -> (official name, shape) becomes a file. Returns our tensors, large ones without values."""
-    header, end = {}, 0
-    for ours, (_, shape) in names.items():
-        start, end = end, end + dtype.itemsize * math.prod(shape)
-        header[ours] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    state, bytes_read = {}, math.inf
-    with open(out, "wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for ours, (name, shape) in Progress(names.items(), desc=out.name, unit="tensor"):
-            if bytes_read > 2**28:  # opened anew now and then, to let go of the mapped pages already read
-                tensor = get_tensor = None
-                (_, get_tensor), bytes_read = open_checkpoint(path), 0
-            tensor = get_tensor(name)
-            bytes_read += tensor.nbytes
-            if tensor.dtype not in DTYPES:
-                raise BadInput(f"{path}: {name} is {tensor.dtype}; float16, bfloat16 or float32 is expected")
-            for piece in tensor.reshape(-1).split(2**20):
-                piece = piece.to(dtype).contiguous()
-                if not piece.isfinite().all():
-                    raise BadInput(f"{path}: {name} has values that are not finite in {dtype}; "
-                                   f"try --dtype float32, or download the file again")
-                f.write(piece.view(torch.uint8).numpy())
-            state[ours] = tensor.to(dtype).clone() if len(shape) <= 1 else torch.empty(shape, device="meta")
-    return state
+        state = state.get("state_dict", state)
+        return {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
+    except pickle.UnpicklingError:
+        raise BadInput(f"{path}: its pickle is damaged, or would run code, so it is not loaded; "
+                       f"a checkpoint holds plain tensors only") from None
+    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, AttributeError) as error:
+        raise BadInput(f"{path}: is truncated or damaged ({os.path.getsize(path):,} bytes, "
+                       f"{one_line(error)}); download it again and compare its size") from None
 
 
 if __name__ == "__main__":

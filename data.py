@@ -42,8 +42,8 @@ class Samples:
     """What a training sees. Sample number i is the same on any number of processes, and after any stop."""
 
     def __init__(self, photos, placeholder, class_word, prior, seed, training, sampling, factor, flip=True):
-        """`prior`: latents (n, 4, T or 1, h, w), contexts (n, L, D) of the class, and the context (L, D) of an
-        empty caption; or None. `factor` is H / h. `flip` mirrors half of the photos.
+        """`prior`: latents (n, 4, T or 1, h, w) and contexts (n, L, D) of the class, and the context (L, D)
+        of an empty caption; or None. `factor` is H / h. `flip` mirrors half of the photos.
         """
         self.photos, self.prior, self.seed, self.dropout = photos, prior, seed, training.caption_dropout
         self.subject_words = f"{placeholder} {class_word}"

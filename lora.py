@@ -54,9 +54,8 @@ class LoRALinear(nn.Module):
         self.linear = linear
         self.lam = 1.0
         # A and B stay in float32 whatever the frozen weights are in: their steps are too small for bfloat16.
-        # Hu et al. 2021: A is Gaussian and B zero, so that step 0 computes the base exactly. The standard
-        # deviation 1/rank is the authors' release's, and cloneofsimo/lora's.
-        A = torch.randn(rank, linear.in_features) / rank
+        # Hu et al. 2021: A is Gaussian and B zero, so that step 0 computes the base exactly.
+        A = torch.randn(rank, linear.in_features) / linear.in_features ** 0.5
         B = torch.zeros(linear.out_features, rank)
         self.lora_A = nn.Parameter(A.to(linear.weight.device))
         self.lora_B = nn.Parameter(B.to(linear.weight.device))

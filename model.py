@@ -569,7 +569,7 @@ class Tokenizer:
 
 
 class Base:
-    """A loaded base: frozen networks in eval mode (dropout off), on `device`. Only the UNet may be in bfloat16.
+    """A loaded base: frozen networks in eval mode (dropout off), all but the UNet in float32, on `device`.
 
     support/files.py loads one. `config` is its BaseConfig (support/config.py).
     """

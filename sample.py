@@ -20,12 +20,12 @@ import torch
 
 from lora import MergedLoRA
 from model import NOISE_LEVELS, Z_CHANNELS, Tokenizer
-from support.cli import (BadInput, FlagParser, Progress, check_out, check_same, join_processes, leave_processes,
-                         lock_folder, of_rank_0, run_script)
-from support.config import (FLAGS, SamplingDefaults, add_flags, add_speed_flags, check_flags, check_sampling,
-                            load_config, with_flags)
+from support.cli import (BadInput, FlagParser, Progress, check_out, check_same, join_processes, lock_folder,
+                         of_all_processes, run_script, wait_for_all)
+from support.config import (SamplingDefaults, add_flags, add_speed_flags, check_flags, check_sampling,
+                            flag_names, load_config, with_flags)
 from support.files import default_base, find_subjects, load_subject, open_base
-from support.texts import pick_prompts, prompt_tokens, without_placeholders
+from support.texts import pick_prompts, tokens_of, without_placeholders
 from support.video import check_ffmpeg, free_path, motion_line, save_video, sheet, side_by_side, slug
 
 
@@ -107,8 +107,8 @@ def generate(base, prompts, seeds, subjects=(), settings=None, lambdas=None, neg
 
     prompts: texts, or their tokens (B, L). settings: the base's SamplingDefaults, or `dataclasses.replace` of
     them. lambdas: one per step; by default the settings' two-step schedule. lora: sets lambda; by default the
-    subjects' updates go into the UNet. Clip b's noise follows from its own seed alone: it is drawn on the CPU,
-    and is the same everywhere.
+    subjects' updates go into the UNet. Clip b's noise follows from its own seed alone. It is drawn on the
+    CPU, so it is the same everywhere.
     """
     settings = settings or base.config.sampling
     lambdas = lambdas or two_step_schedule(settings.lambda_s, settings.lambda_l, settings.K, settings.steps)
@@ -126,8 +126,8 @@ def generate(base, prompts, seeds, subjects=(), settings=None, lambdas=None, neg
 
     lora = lora or MergedLoRA(base.unet, subjects)
     try:
-        z_0 = ddim(base.unet, base.schedule, noise(), noise, context, uncond, fps, settings.steps, settings.cfg,
-                   settings.eta, lora, lambdas, on_step)
+        z_0 = ddim(base.unet, base.schedule, noise(), noise, context, uncond, fps, settings.steps,
+                   settings.cfg, settings.eta, lora, lambdas, on_step)
     finally:
         lora.set(0)
     return base.decode(z_0)
@@ -153,8 +153,9 @@ def main():
     if args.compare and not subjects:
         raise BadInput("--compare: needs a subject")
     prompts, tokens = pick_prompts(args, settings, subjects)
-    prompt_tokens([args.negative_prompt], [], "--negative_prompt")
-    seed = of_rank_0(args.seed if args.seed is not None else secrets.randbelow(2**31), process)
+    tokens_of([args.negative_prompt], [], "--negative_prompt")
+    seed = args.seed if args.seed is not None else secrets.randbelow(2**31)
+    seed = of_all_processes(seed, process)[0]
     if process.rank == 0:
         named = [f"subject {path} ({subject.placeholder} {subject.class_word}, {subject.steps} steps)"
                  for path, subject in zip(paths, subjects)]
@@ -162,20 +163,25 @@ def main():
 
     # List the videos to make, with everything that determines their pixels. Skip those that exist.
     recorded = video_settings(args, settings, base, subjects)
-    check_same(process, base=base.config.fingerprint, subjects=recorded["subjects"])
+    check_same(process, subjects=recorded["subjects"])
     with lock_folder(args.out) if process.rank == 0 else nullcontext():
-        jobs = of_rank_0(list_jobs(args, prompts, seed, recorded) if process.rank == 0 else None, process)
+        jobs = list_jobs(args, prompts, seed, recorded) if process.rank == 0 else None
+        jobs = of_all_processes(jobs, process)[0]
 
         # Make them, a batch at a time. Neither a batch nor a video depends on the number of processes.
         batches = [jobs[i:i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
         mine, written = batches[process.rank::process.world], []
-        variants = compare_variants(settings, lambdas, subjects) if args.compare else [("", subjects, lambdas)]
+        variants = [("", subjects, lambdas)]
+        if args.compare:
+            constant = [settings.lambda_l] * settings.steps
+            variants = [("base", [], lambdas), (f"constant {settings.lambda_l:g}", subjects, constant),
+                        ("schedule", subjects, lambdas)]
         steps = sum(len(batch) for batch in mine) * len(variants) * settings.steps
         with Progress(total=steps, unit="step", disable=process.rank > 0) as bar:
             for number, batch in enumerate(mine, 1):
                 bar.set_description(f"batch {number}/{len(mine)}")
                 written += make_batch(args, base, settings, tokens, batch, variants, bar)
-        leave_processes(process)
+        wait_for_all(process)
     existing = len(prompts) * args.num - len(jobs)
     if process.rank == 0 and existing:
         print(f"{existing} of {len(prompts) * args.num} videos were there already")
@@ -186,7 +192,7 @@ def main():
 
 def video_settings(args, settings, base, subjects):
     """What determines the pixels of a video besides its prompt and seed, as its JSON records it."""
-    recorded = {name: getattr(settings, name) for name in FLAGS[SamplingDefaults]}
+    recorded = {name: getattr(settings, name) for name in flag_names(SamplingDefaults)}
     if args.lambdas:
         recorded |= {"lambda_s": None, "lambda_l": None, "K": None}
     of_subjects = [{"fingerprint": subject.fingerprint(), "placeholder": subject.placeholder,
@@ -224,8 +230,8 @@ def make_batch(args, base, settings, tokens, batch, variants, bar):
 
         prompts = tokens[[n for _, n, _ in batch]]
         if args.compare and not subjects:  # the base is asked for the class instead of the subject
-            prompts = [without_placeholders(job["prompt"], [subject["placeholder"] for subject in job["subjects"]])
-                       for _, _, job in batch]
+            words = [subject["placeholder"] for subject in batch[0][2]["subjects"]]
+            prompts = [without_placeholders(job["prompt"], words) for _, _, job in batch]
         seeds = [job["seed"] for _, _, job in batch]
         videos[label] = generate(base, prompts, seeds, subjects, settings, lambdas, args.negative_prompt,
                                  on_step).numpy()
@@ -246,13 +252,6 @@ def make_batch(args, base, settings, tokens, batch, variants, bar):
     return written
 
 
-def compare_variants(settings, lambdas, subjects):
-    """Label, subjects and lambdas of the three videos that --compare sets side by side."""
-    constant = [settings.lambda_l] * settings.steps
-    return [("base", [], lambdas), (f"constant {settings.lambda_l:g}", subjects, constant),
-            ("schedule", subjects, lambdas)]
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Flags
 
@@ -262,36 +261,33 @@ def parse_args():
                    epilog="A flag that is not given takes its value from the base's config.json.")
     p.add_argument("--base", type=Path, default=default_base(), help="base folder (default: %(default)s)")
     p.add_argument("--subject", action="append", default=[],
-                   help="subject.safetensors, its run, or none; repeat for several; default: the newest")
-    p.add_argument("--prompt", default="", help="what to show; V* stands for the subject")
+                   help="subject.safetensors, its run, or none; repeat for several (default: the newest)")
+    p.add_argument("--prompt", help="what to show; V* stands for the subject")
     p.add_argument("--prompts", type=Path, help="text file with a prompt or a # comment on each line")
     p.add_argument("--negative_prompt", default="", help="what to steer away from")
     add_flags(p, SamplingDefaults)
     p.add_argument("--lambdas", default="",
-                   help='in place of these three: "0.4*5,0.4>0.8*10,0.8*35"; a>b*n is a ramp of n steps')
+                   help='instead of these three: "0.4*5,0.4>0.8*10,0.8*35"; a>b*n is a ramp of n steps')
     p.add_argument("--seed", type=int, help="of a prompt's first video; others count up (default: random)")
     p.add_argument("--num", "--num_videos", dest="num", type=int, default=1,
                    help="videos of each prompt; under torchrun write --num_videos (default: %(default)s)")
     p.add_argument("--batch_size", type=int, default=1, help="videos sampled at once (default: %(default)s)")
-    p.add_argument("--compare", action="store_true",
-                   help="base with the class word, constant lambda_l and the schedule, side by side")
-    p.add_argument("--show_process", action="store_true",
-                   help="also save the predicted clean video at several steps, and print when its motion is "
-                        "settled")
+    p.add_argument("--compare", action="store_true", help="base, constant lambda_l, schedule, side by side")
+    p.add_argument("--show_process", action="store_true", help="also save the predicted clean video at "
+                   "several steps, and print when its motion is settled")
     p.add_argument("--format", nargs="+", choices=["mp4", "gif", "png"], default=["mp4", "gif"],
                    help="kinds of files to write; png: one picture with all frames (default: mp4 gif)")
     add_speed_flags(p, ["float32", "bfloat16", "float16"])
     p.add_argument("--out", type=Path, default=Path("outputs"), help="folder to write to (default: outputs)")
     args = p.parse_args()
-    own = {"seed": (0, 2**62), "num": (1, 100_000), "batch_size": (1, 1024)}
-    check_flags(args, FLAGS[SamplingDefaults] | own)
+    check_flags(args, SamplingDefaults, seed=(0, 2**62), num=(1, 100_000), batch_size=(1, 1024))
     check_out(args.out)
     if "mp4" in args.format:
         check_ffmpeg("--format mp4", "or pass --format gif")
     if args.prompt and args.prompts:
-        raise BadInput("--prompts: stands in place of --prompt; give one of the two")
+        raise BadInput("--prompts: replaces --prompt; give only one of them")
     if args.lambdas and not (args.lambda_s is args.lambda_l is args.K is None):
-        raise BadInput("--lambdas: stands in place of --lambda_s, --lambda_l and --K; leave those out")
+        raise BadInput("--lambdas: replaces --lambda_s, --lambda_l and --K; leave those out")
     return args
 
 

@@ -11,11 +11,10 @@ OUT/preview.png. V* and the pairs (A, B) are trained, 96 for VideoCrafter2. Ever
 Shapes: B subject clips per process and as many prior clips, T frames, L text tokens, D text width;
 latents z (B, 4, T, h, w), 8 times smaller than pixels.
 """
+import re
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,10 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 from data import Samples, load_photos, load_prior, still_video
 from lora import add_lora, class_embedding
 from sample import generate
-from support.cli import (BadInput, FlagParser, Progress, check_out, join_processes, leave_processes, mean_over_processes,
+from support.cli import (BadInput, FlagParser, Progress, check_out, join_processes, mean_over_processes,
                          run_script, stop_signals)
-from support.config import (FLAGS, SamplingDefaults, TrainingDefaults, add_flags, add_speed_flags, check_flags,
-                            check_placeholder, check_sampling, load_config, loss_weights, with_flags)
+from support.config import (SamplingDefaults, TrainingDefaults, add_flags, add_speed_flags, check_flags,
+                            check_sampling, check_words, load_config, loss_weights, with_flags)
 from support.files import Subject, default_base, open_base, pick_images
 from support.runs import (LiveLoRA, Log, best_effort, load_training, lock_run, pick_run, prior_folder,
                           prior_writer, run_settings, save_preview, save_prior_clip, save_training)
@@ -59,7 +58,7 @@ class SubjectLoss(nn.Module):
         return subject_error.mean(), prior_error.mean()                     # Eq. 1, Eq. 3
 
     def squared_errors(self, subject, prior):
-        """Clips of the subject and of the class, each (z_0, context, t, eps) -> their squared errors (B, h, w)."""
+        """Clips of the subject and of the class, each (z_0, context, t, eps) -> squared errors (B, h, w)."""
         if not prior:
             error = self.squared_error(*subject)
             return error, torch.zeros_like(error)
@@ -78,9 +77,9 @@ class SubjectLoss(nn.Module):
 def fit(loss, next_batch, optimizer, first_step, training, process, after_step):
     """Trains `loss` up to training.steps, under DistributedDataParallel if there are several processes.
 
-    next_batch(step, micro_step) returns what `loss` takes. after_step(step, losses, grad_norm) logs, saves and
-    previews; on every process it returns the same True to stop early. Raises BadInput, before the weights
-    change, if the gradient is not finite.
+    next_batch(step, micro_step) returns what `loss` takes. after_step(step, losses, grad_norm) logs, saves
+    and previews; on every process it returns the same True to stop early. Raises BadInput, before the
+    weights change, if the gradient is not finite.
     """
     model = DistributedDataParallel(loss) if process.world > 1 else loss
     for step in range(first_step, training.steps + 1):
@@ -92,10 +91,9 @@ def fit(loss, next_batch, optimizer, first_step, training, process, after_step):
             total = subject_loss + training.alpha * prior_loss              # Eq. 4
             (total / training.grad_accum).backward()
             losses += torch.stack([subject_loss, prior_loss]).detach() / training.grad_accum
-        grad_norm = nn.utils.clip_grad_norm_(loss.parameters(), float("inf"))       # only measured, not clipped
+        grad_norm = nn.utils.clip_grad_norm_(loss.parameters(), float("inf"))       # only measured
         if not grad_norm.isfinite():
-            raise BadInput(f"--lr: the gradient is not finite at step {step}; lower the rate, and --resume the "
-                           f"last save")
+            raise BadInput(f"--lr: the gradient is not finite at step {step}; start again with a lower rate")
         optimizer.step()
         optimizer.zero_grad()
         if after_step(step, mean_over_processes(losses, process), grad_norm):
@@ -106,14 +104,16 @@ def main():
     args, config = parse_args()
     training, sampling = config.training, config.sampling
     process = join_processes()
-    base = open_base(args, process, training=True)
     photos = load_photos(args.images, sampling.height, sampling.width, args.placeholder, args.class_word)
     out, last_save = pick_run(args, photos, process)
+    base = open_base(args, process, training=True)
     if process.rank == 0:
         captions = sum(bool(photo.caption) for photo in photos)
         print(f"subject {args.images}: {len(photos)} photos of {args.placeholder} {args.class_word}, "
               f"{captions} with a caption")
-    prior, prior_files = encode_prior(args, out, base, training, sampling, process) if training.alpha else (None, [])
+    prior, prior_files = None, []
+    if training.alpha:
+        prior, prior_files = encode_prior(args, out, base, training, sampling, process)
 
     # Create what is trained: V*, which starts as the class word, and the updates of the spatial attention.
     torch.manual_seed(args.seed)    # the same start on every process
@@ -156,7 +156,6 @@ def main():
         log = Log(out, done, training.steps, process.rank)
         fit(loss, next_batch, optimizer, done + 1, training, process, after_step)
         log.close(subject)
-        leave_processes(process)
 
 
 def scaled_lr(training, process):
@@ -164,9 +163,8 @@ def scaled_lr(training, process):
     clips = process.world * training.batch_size * training.grad_accum * (2 if training.alpha else 1)
     lr = training.lr * clips if training.scale_lr else training.lr
     if process.rank == 0:
-        scientific = partial(np.format_float_scientific, precision=3, trim="-", exp_digits=1)   # 2.4e-4
-        source = f" = {scientific(training.lr)} x {clips} clips" if training.scale_lr else ""
-        print(f"learning rate {scientific(lr)}{source}")
+        source = f" = {training.lr:.3e} x {clips} clips" if training.scale_lr else ""
+        print(re.sub(r"\.?0*e-0?", "e-", f"learning rate {lr:.3e}{source}"))   # 2.4e-4 = 3e-5 x 8 clips
     return lr
 
 
@@ -195,8 +193,8 @@ def encode_prior(args, out, base, training, sampling, process):
     class_caption, folder = f"a {args.class_word}", args.prior
     if folder is None:
         of_prior = replace(sampling, frames=sampling.frames if args.prior_motion else 1)
-        folder, settings = prior_folder(out, base, of_prior, args.class_word)
-        generate_prior(folder, settings, class_caption, training.num_prior, of_prior, base, process)
+        folder = prior_folder(out, base, of_prior, args.class_word)
+        generate_prior(folder, class_caption, training.num_prior, of_prior, base, process)
     prior = load_prior(folder, training.num_prior, sampling.frames, sampling.height, sampling.width)
     if process.rank == 0:
         print(f"prior {folder}: {len(prior)} pictures or clips of {class_caption}")
@@ -213,7 +211,7 @@ def encode_prior(args, out, base, training, sampling, process):
     return (z, contexts, base.encode_text([""])[0]), files
 
 
-def generate_prior(folder, settings, caption, number, sampling, base, process):
+def generate_prior(folder, caption, number, sampling, base, process):
     """Generates the missing ones of `number` pictures or clips.
 
     Batches never change, because batch composition affects rounding. The paper takes 200 pictures from
@@ -223,7 +221,7 @@ def generate_prior(folder, settings, caption, number, sampling, base, process):
     path = lambda k: folder / f"{k:04d}.{ending}"
     size = max(1, 8 // sampling.frames)
     batches = [range(i, i + size) for i in range(0, number, size)]
-    with prior_writer(folder, settings, process, number):
+    with prior_writer(folder, process, number):
         mine = batches[process.rank::process.world]
         for batch in Progress(mine, desc="prior", unit="batch", disable=process.rank > 0):
             missing = [k for k in batch if k < number and not path(k).exists()]
@@ -241,17 +239,14 @@ def parse_args():
     p = FlagParser(description="Learn a subject from photos (CustomCrafter, Eq. 1-4).",
                    epilog="A flag that is not given takes its value from the base's config.json.")
     p.add_argument("--base", type=Path, default=default_base(), help="base folder (default: %(default)s)")
-    p.add_argument("--images",
-                   help="folder with 4 to 6 photos; NAME.txt beside NAME.jpg is its caption")
+    p.add_argument("--images", help="folder with 4 to 6 photos; NAME.txt beside NAME.jpg is its caption")
     p.add_argument("--class_word", default="", help="what the photos show, such as dog; V* starts from it")
     p.add_argument("--placeholder", default="V*", help="how prompts name the subject (default: %(default)s)")
     p.add_argument("--no_flip", action="store_true", help="never mirror a photo: for text, for asymmetry")
     p.add_argument("--targets", choices=["all", "cross"], default="all",
-                   help="LoRA on all spatial attention, or on the cross-attention alone (paper, Table 2) "
-                        "(default: %(default)s)")
+                   help="LoRA on all spatial attention, or on its cross-attention alone (paper, Table 2)")
     p.add_argument("--word_lr", type=float, help="learning rate of V* (default: --lr)")
-    p.add_argument("--prior", type=Path,
-                   help="folder with pictures or videos of the class (default: the base makes them, once)")
+    p.add_argument("--prior", type=Path, help="folder of the class's pictures (default: the base makes them)")
     p.add_argument("--prior_motion", action="store_true", help="the base makes moving clips for the prior")
     add_flags(p, TrainingDefaults)
     add_flags(p, SamplingDefaults, only=("height", "width", "fps"))
@@ -261,11 +256,9 @@ def parse_args():
     p.add_argument("--keep_last", type=int, default=3, help="saves that stay (default: %(default)s)")
     p.add_argument("--resume", help="continue a run: its folder, one of its saves, or latest")
     args = p.parse_args()
-    if args.images is not None and not args.class_word.strip():
-        raise BadInput("--class_word: is needed with --images; name what the photos show, such as dog")
-    check_placeholder(args.placeholder)
-    check_flags(args, FLAGS[SamplingDefaults] | FLAGS[TrainingDefaults] | {
-        "word_lr": (0, 1), "seed": (0, 2**31), "keep_last": (1, 10**7)})
+    check_words(args)
+    check_flags(args, SamplingDefaults, TrainingDefaults,
+                word_lr=(0, 1), seed=(0, 2**31), keep_last=(1, 10**7))
     if args.out:
         check_out(args.out)
     pick_images(args)

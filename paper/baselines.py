@@ -1,43 +1,47 @@
-"""How a subject can be learned: the paper's way, and the two methods that the paper compares with.
+"""The two methods that the paper compares with, trained by the paper's own loop (`train.fit`).
 
-    python train.py --method custom_diffusion ...      # Kumari et al. 2023
-    python train.py --method dreamvideo ...            # subject learning of Wei et al. 2024
-    python train.py --targets cross ...                # the ablation in the paper's Table 2
-    python sample.py --subject ... --lambdas "1*50"    # how to sample the two others: at full strength
+    python paper/baselines.py custom_diffusion --images photos/dog --class_word dog     # Kumari et al. 2023
+    python sample.py --subject runs/dog-custom_diffusion --lambdas "1*50"
+    python paper/baselines.py dreamvideo --images photos/dog --class_word dog           # Wei et al. 2024
+    python paper/baselines.py sample --subject runs/dog-dreamvideo --prompt "a V* dog running on the grass"
 
-Nothing to run here. A method says where its word starts, which layers it adds to the UNet, what a subject's
-file calls their tensors, how a photo becomes a sample, how lambda is set in sampling, and what its authors'
-settings are. train.py, sample.py and files.py look a method up in METHODS, and know nothing else of it.
+Of DreamVideo, this is the subject learning. Both methods have the settings that their authors published, and
+no rate is scaled. They save and resume as train.py does, but draw no previews. A subject of Custom Diffusion
+is an ordinary one, to be sampled at full strength. DreamVideo's adapters are not linear, so they cannot be
+merged into weights. Its subjects have a file of their own, and the last command samples them.
 
-Shapes: N any batch, S positions, L text tokens, C channels, D text width; frames (3, H, W) in [-1, 1].
+Shapes: B clips, T frames, L text tokens, D text width; N any batch, S positions, C channels.
 """
+import json
+import secrets
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from cli import BadInput
-from lora import MergedLoRA, add_lora, class_embedding, spatial_blocks
-from model import TransformerBlock, UNet, pixels, zeroed
-
-
-class CustomCrafter:
-    """The paper's way: V* starts from the class word, LoRA is on the spatial attention."""
-    published = {}                                  # its settings are VideoCrafter2's defaults (config.py)
-    tensor_names = ("lora_A.weight", "lora_B.weight")                       # PEFT's
-    staged = False
-    make_sample = None                              # data.py's
-    merge = MergedLoRA
-    start_word = staticmethod(class_embedding)
-    add_layers = staticmethod(add_lora)
-
-    @staticmethod
-    def before_step(loss, step, word_steps):
-        """Everything is trained at every step."""
-
+import sample
+import train
+from data import Samples, load_photos, still_video
+from lora import class_embedding, spatial_blocks
+from model import pixels, zeroed
+from support.cli import (BadInput, FlagParser, Progress, join_processes, lock_folder, run_script,
+                         stop_signals)
+from support.config import check_sampling, load_config, with_flags
+from support.files import Subject, check_base, open_base, open_safetensors
+from support.runs import (Log, header_of, load_training, lock_run, pick_run, run_settings, save_training,
+                          steps_done)
+from support.texts import pick_prompts
+from train import SubjectLoss
 
 # ------------------------------------------------------------------------------------------------------------
-# Custom Diffusion
+# Custom Diffusion: V* and, in every cross-attention, the whole matrices of keys and values
 
 
 class FullLinear(nn.Module):
@@ -45,207 +49,339 @@ class FullLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.linear, self.lam = linear, 1.0
-        self.delta = nn.Parameter(torch.zeros_like(linear.weight, dtype=torch.float32))
+        self.linear = linear
+        self.delta = nn.Parameter(torch.zeros_like(linear.weight, dtype=torch.float32))     # (C_out, C_in)
 
     def forward(self, x):
-        """Text (B, L, D) -> keys or values (B, L, C).
+        """Text (B, L, C_in) -> keys or values (B, L, C_out).
 
         Every prompt has the same first token, start-of-text. Nothing is learned from that token.
         """
-        y = self.linear(x) + self.lam * F.linear(x, self.delta.to(x.dtype))
+        y = self.linear(x) + F.linear(x, self.delta.to(x.dtype))
         return torch.cat([y[:, :1].detach(), y[:, 1:]], dim=1)
 
-    def tensors(self):
-        return (self.delta,)
+    def lora(self):
+        """The update as A, B with B A = delta. The smaller one of the two is an identity."""
+        C_out, C_in = self.delta.shape
+        return (torch.eye(C_in), self.delta) if C_in <= C_out else (self.delta, torch.eye(C_out))
 
 
-class CustomDiffusion:
-    """The word and, in every cross-attention, the whole matrices of keys and values: 32 for VideoCrafter2."""
-    published = {"lr": 8e-5, "steps": 500, "alpha": 1.0}
-    tensor_names = ("delta.weight",)
-    staged = False
-    merge = MergedLoRA                              # a whole matrix is added as a product B A is
-    before_step = staticmethod(CustomCrafter.before_step)
+def add_full_linears(unet):
+    """Puts one around to_k and to_v of every cross-attention, 32 in VideoCrafter2 -> name -> FullLinear."""
+    layers = {}
+    for block in spatial_blocks(unet):
+        for name in (f"{block}.attn2.to_k", f"{block}.attn2.to_v"):
+            layers[name] = FullLinear(unet.get_submodule(name))
+            unet.set_submodule(name, layers[name])
+    return layers
 
-    @staticmethod
-    def start_word(text_encoder, class_word):
-        """(1, D): token 42170, "ktn" within a word, which ordinary text does not have."""
-        return text_encoder.token_embedding.weight[42170:42171].float().clone()
 
-    @staticmethod
-    def add_layers(unet: UNet, rank, targets):
-        """Puts a FullLinear around to_k and to_v of every cross-attention. Returns name -> layer."""
-        layers = {}
-        for block in spatial_blocks(unet):
-            for name in (f"{block}.attn2.to_k", f"{block}.attn2.to_v"):
-                layers[name] = FullLinear(unet.get_submodule(name))
-                unet.set_submodule(name, layers[name])
-        return layers
+class CustomDiffusionLoss(SubjectLoss):
+    """Eq. 1 with a mask, and Eq. 3. Its parameters are V* and the updates of whole matrices."""
 
-    @staticmethod
-    def make_sample(photo, rng, height, width, factor, subject_words, flip=True):
-        """A photo, if `flip` mirrored half of the time, shrunk or enlarged -> frame, caption, weight of the
-        loss (h, w).
+    def __init__(self, base, v_star, layers, num_frames, fps):
+        super().__init__(base, v_star, {}, num_frames, fps)
+        self.deltas = nn.ParameterList(layer.delta for layer in layers.values())
+
+    def forward(self, images, tokens, loss_mask, t, eps, *prior):
+        """As SubjectLoss, with a loss_mask (B, h, w) for the subject's clips."""
+        base, = self.frozen
+        z_0 = still_video(base.encode(images), self.num_frames)             # (B, 4, T, h, w)
+        context = base.text_encoder(tokens, self.v_star)                    # (B, L, D)
+        subject_error, prior_error = self.squared_errors((z_0, context, t, eps), prior)
+        return (loss_mask * subject_error).mean(), prior_error.mean()
+
+
+class RescaledSamples(Samples):
+    """Custom Diffusion's samples: a photo is shrunk or enlarged, and its caption says so."""
+
+    def batch(self, numbers):
+        """As Samples, with the loss masks (B, h, w) after the tokens."""
+        images, tokens, *others = super().batch(numbers)
+        return [images, tokens, torch.stack([self.rescaled(i)[2] for i in numbers]), *others]
+
+    def subject_sample(self, i):
+        return self.rescaled(i)[:2]
+
+    def rescaled(self, i):
+        """Sample number i -> image (3, H, W), caption, loss mask (h, w).
 
         A photo at less than 0.6 of its size lies somewhere on grey. There the loss counts inside the photo,
-        one latent cell from the photo's edge. The weight's mean is 1, so the mean over the clip becomes the
-        mean over what counts.
+        one latent cell away from its edge. The mask's mean is 1, so that the mean over the clip becomes the
+        mean over the cells that count.
         """
-        caption = photo.caption or f"photo of a {subject_words}"
-        weight = torch.ones(height // factor, width // factor)
+        photo, rng = self.photo_of(i), np.random.default_rng((self.seed, 1, i))
+        caption = photo.caption or f"photo of a {self.subject_words}"
+        height, width, (rows, columns) = self.height, self.width, self.z_shape[2:]
+        factor, loss_mask = height // rows, torch.ones(rows, columns)
         scale = rng.uniform(1 / 3, 1) if rng.random() < 2 / 3 else rng.uniform(1.2, 1.4)
         h, w = round(scale * height), round(scale * width)
-        image = ImageOps.mirror(photo.image) if flip and rng.random() < 0.5 else photo.image
+        image = ImageOps.mirror(photo.image) if self.flip and rng.random() < 0.5 else photo.image
         resized = lambda h, w: pixels(ImageOps.fit(image, (w, h), Image.BICUBIC))
 
         if scale < 0.6:
-            frame = torch.zeros(3, height, width)
+            canvas = torch.zeros(3, height, width)
             top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
-            frame[:, top:top + h, left:left + w] = resized(h, w)
-            rows, columns = weight.shape
+            canvas[:, top:top + h, left:left + w] = resized(h, w)
             first_row, first_column = min(top // factor + 1, rows - 1), min(left // factor + 1, columns - 1)
             last_row = max((top + h) // factor - 1, first_row + 1)
             last_column = max((left + w) // factor - 1, first_column + 1)
-            inside = torch.zeros_like(weight)
+            inside = torch.zeros_like(loss_mask)
             inside[first_row:last_row, first_column:last_column] = 1
-            return frame, f"{rng.choice(['a far away', 'very small'])} {caption}", inside / inside.mean()
+            return canvas, f"{rng.choice(['a far away', 'very small'])} {caption}", inside / inside.mean()
         if scale > 1:
             top, left = rng.integers(h - height + 1), rng.integers(w - width + 1)
-            frame = resized(h, w)[:, top:top + height, left:left + width]
-            return frame, f"{rng.choice(['zoomed in', 'close up'])} {caption}", weight
-        return resized(height, width), caption, weight
+            part = resized(h, w)[:, top:top + height, left:left + width]
+            return part, f"{rng.choice(['zoomed in', 'close up'])} {caption}", loss_mask
+        return resized(height, width), caption, loss_mask
 
 
 # ------------------------------------------------------------------------------------------------------------
-# DreamVideo
+# DreamVideo: first V* alone; then, with V* frozen, an adapter in every spatial block
 
 
 class Adapter(nn.Module):
-    """The identity adapter: x <- attn2(norm2(x), text) + x + lambda * adapter(x), on x before the norm.
+    """The identity adapter. It adds nothing at the start, because its last layer is zero."""
 
-    It takes the places of its block's norm2 and attn2.
-    """
-
-    def __init__(self, block: TransformerBlock):
+    def __init__(self, channels):
         super().__init__()
-        self.norm, self.attn, self.lam = block.norm2, block.attn2, 1.0
-        width, device = block.norm3.normalized_shape[0], block.norm3.weight.device
-        self.down = nn.Linear(width, width // 2, device=device)
-        self.up = zeroed(nn.Linear(width // 2, width, device=device))
+        self.down = nn.Linear(channels, channels // 2)
+        self.up = zeroed(nn.Linear(channels // 2, channels))
 
-    def put(self, block):
-        block.norm2, block.attn2 = nn.Identity(), self
+    def forward(self, x):
+        """(N, S, C) -> (N, S, C), in the precision of x. The parameters stay in float32."""
+        linear = lambda layer, x: F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+        return linear(self.up, F.gelu(linear(self.down, x)))
+
+
+class AdaptedAttention(nn.Module):
+    """Takes the places of a block's norm2 and attn2, so that the adapter reads x before the norm."""
+
+    def __init__(self, norm2, attn2, adapter):
+        super().__init__()
+        self.norm2, self.attn2, self.adapter = norm2, attn2, adapter
 
     def forward(self, x, context):
-        """x (N, S, C), context (M, L, D) -> (N, S, C)"""
-        linear = lambda layer, x: F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
-        return self.attn(self.norm(x), context) + self.lam * linear(self.up, F.gelu(linear(self.down, x)))
+        """x (N, S, C), context (M, L, D) -> (N, S, C), which the block adds to x."""
+        return self.attn2(self.norm2(x), context) + self.adapter(x)
+
+
+def new_adapters(unet):
+    """Name of each spatial block -> a new Adapter of its width. They are not in the UNet yet."""
+    widths = {name: unet.get_submodule(name).norm3.normalized_shape[0] for name in spatial_blocks(unet)}
+    return {name: Adapter(width).to(unet.conv_out.weight.device) for name, width in widths.items()}
+
+
+@contextmanager
+def inserted_adapters(unet, adapters):
+    """Puts the adapters into the UNet's blocks, at full strength, until the `with` block ends."""
+    blocks = {name: unet.get_submodule(name) for name in adapters}
+    originals = {name: (block.norm2, block.attn2) for name, block in blocks.items()}
+    try:
+        for name, block in blocks.items():
+            block.norm2, block.attn2 = nn.Identity(), AdaptedAttention(*originals[name], adapters[name])
+        yield
+    finally:
+        for name, block in blocks.items():
+            block.norm2, block.attn2 = originals[name]
+
+
+class AdapterLoss(SubjectLoss):
+    """The loss of the second stage. Its parameters are the adapters', and V* is a constant."""
+
+    def __init__(self, base, v_star, adapters, num_frames, fps):
+        super().__init__(base, v_star, {}, num_frames, fps)
+        del self.v_star
+        self.v_star = v_star
+        self.adapters = nn.ModuleList(adapters.values())
+
+
+@dataclass
+class DreamVideoSubject(Subject):
+    """V* and, after the first stage, the adapters. sample.py refuses its file, which has no LoRA layers."""
+    adapters: dict = field(default_factory=dict)    # name of a spatial block -> Adapter
 
     def tensors(self):
-        return self.down.weight, self.down.bias, self.up.weight, self.up.bias
+        tensors = super().tensors()
+        for name, adapter in self.adapters.items():
+            tensors |= {f"unet.{name}.adapter.{key}": value for key, value in adapter.named_parameters()}
+        return tensors
+
+    def metadata(self):
+        metadata = super().metadata()
+        del metadata["layers"], metadata["lora_alpha"]
+        return metadata
 
 
-class PutAdapters:
-    """Sets lambda of DreamVideo's adapters, which are in their blocks only while lambda is not 0."""
-
-    def __init__(self, unet: UNet, *subjects):
-        self.blocks, self.adapters = {}, {}
-        for subject in subjects:
-            for name, tensors in subject.updates.items():
-                block = unet.get_submodule(name)
-                self.blocks.setdefault(name, (block, block.norm2, block.attn2))
-                adapter = Adapter(block)
-                for parameter, value in zip(adapter.tensors(), tensors):
-                    parameter.data = value.to(parameter.device)
-                adapter.put(block)                  # so the next subject's adapter goes around this one
-                self.adapters[name] = self.adapters.get(name, []) + [adapter]
-        self.set(0)
-
-    def set(self, lam):
-        for name, (block, norm2, attn2) in self.blocks.items():
-            for adapter in self.adapters[name]:
-                adapter.lam = lam
-            if lam == 0:
-                block.norm2, block.attn2 = norm2, attn2
-            else:
-                self.adapters[name][-1].put(block)
-
-
-class DreamVideo:
-    """First the word alone, then, with the word frozen, an adapter in every spatial block. No class prior."""
-    published = {"word_steps": 3000, "word_lr": 1e-4, "steps": 4000, "lr": 1e-5, "weight_decay": 0.0,
-                 "alpha": 0.0}
-    tensor_names = ("adapter.down.weight", "adapter.down.bias", "adapter.up.weight", "adapter.up.bias")
-    staged = True
-    make_sample = None
-    merge = PutAdapters
-    start_word = staticmethod(class_embedding)
-
-    @staticmethod
-    def add_layers(unet: UNet, rank, targets):
-        """Puts an Adapter into every spatial block. Returns name of the block -> Adapter."""
-        layers = {}
-        for name in spatial_blocks(unet):
-            block = unet.get_submodule(name)
-            layers[name] = Adapter(block)
-            layers[name].put(block)
-        return layers
-
-    @staticmethod
-    def before_step(loss, step, word_steps):
-        """Chooses what step `step` trains: V* in the first `word_steps`, the adapters after."""
-        loss.v_star.requires_grad_(step <= word_steps)
-        for parameter in loss.updates:
-            parameter.requires_grad_(step > word_steps)
+@torch.no_grad()
+def load_dreamvideo(path, base):
+    """A subject.safetensors of DreamVideo -> DreamVideoSubject for this base. Raises BadInput."""
+    with open_safetensors(path) as file:
+        metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    settings = json.loads(metadata.get("settings", "{}"))
+    if settings.get("targets") != "dreamvideo":
+        raise BadInput(f"{path}: not a subject of DreamVideo; sample.py takes the others")
+    subject = DreamVideoSubject(metadata["placeholder"], metadata["class_word"], metadata["base_name"],
+                                metadata["base_fingerprint"], int(metadata["steps"]), settings,
+                                tensors["v_star"])
+    check_base(path, subject, base)
+    subject.adapters = new_adapters(base.unet) if settings["stage"] == 2 else {}
+    if subject.tensors().keys() == tensors.keys():
+        for name, value in subject.tensors().items():
+            value.copy_(tensors[name])
+    if subject.fingerprint() != metadata.get("fingerprint"):
+        raise BadInput(f"{path}: its content is not what was saved; the file is damaged, copy it again")
+    subject.v_star = subject.v_star.to(base.device)
+    return subject
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Looking a method up
+# Training
 
 
-TARGETS = ("all", "cross")
-METHODS = {"customcrafter": CustomCrafter, "custom_diffusion": CustomDiffusion, "dreamvideo": DreamVideo}
+def learn_subject(args, config):
+    """As train.py, in one stage for Custom Diffusion and two for DreamVideo.
+
+    args.targets is the method. A save records it, so that no other method continues from it, and its stage.
+    """
+    training, sampling = config.training, config.sampling
+    process = join_processes()
+    base = open_base(args, process, training=True)
+    photos = load_photos(args.images, sampling.height, sampling.width, args.placeholder, args.class_word)
+    out, last_save = pick_run(args, photos, process, f"-{args.targets}")
+    saved = json.loads(header_of(last_save).get("settings", "{}")) if last_save else {}
+    if last_save and saved.get("targets") != args.targets:
+        raise BadInput(f"--resume {last_save}: not a save of {args.targets}; name another")
+    prior, prior_files = None, []
+    if training.alpha:
+        prior, prior_files = train.encode_prior(args, out, base, training, sampling, process)
+    base.unet.grad_checkpointing = args.grad_checkpointing
+
+    settings = run_settings(args, training, sampling, base, photos, prior_files, process)
+    settings |= {"stage": saved.get("stage", 1), "word_steps": args.word_steps}
+    metadata = (args.placeholder, args.class_word, config.name, base.config.fingerprint, 0, settings)
+    samples_of = RescaledSamples if args.targets == "custom_diffusion" else Samples
+    samples = samples_of(photos, args.placeholder, args.class_word, prior, args.seed, training, sampling,
+                         config.vae.factor, not args.no_flip)
+
+    def next_batch(step, micro_step):
+        """This process's share of the samples, as the losses take them."""
+        share = ((step - 1) * training.grad_accum + micro_step) * process.world + process.rank
+        B = training.batch_size
+        return [x.to(process.device) for x in samples.batch(range(share * B, (share + 1) * B))]
+
+    def train_stage(loss, parameters, last_step):
+        """Trains up to `last_step`, from the save if it is of this stage, otherwise from subject.steps."""
+        optimizer = torch.optim.AdamW(parameters, lr=training.lr, weight_decay=training.weight_decay)
+        if last_save and saved["stage"] == settings["stage"]:
+            load_training(last_save, subject, optimizer, training.steps)
+
+        def after_step(step, losses, grad_norm):
+            subject.steps = step
+            log(step, losses, grad_norm)
+            stop = asked_to_stop()
+            if process.rank == 0 and (step % training.save_every == 0 or step == last_step or stop):
+                save_training(out, subject, optimizer, args.keep_last)
+            return stop
+
+        of_stage = replace(training, steps=last_step)
+        train.fit(loss, next_batch, optimizer, subject.steps + 1, of_stage, process, after_step)
+
+    with lock_run(out, last_save, process.rank), stop_signals(process) as asked_to_stop:
+        log = Log(out, steps_done(last_save) if last_save else 0, training.steps, process.rank)
+        if args.targets == "custom_diffusion":
+            # Token 42170 is "ktn" within a word, which ordinary text does not have.
+            v_star = base.text_encoder.token_embedding.weight[42170:42171].float().clone()
+            layers = add_full_linears(base.unet)
+            loss = CustomDiffusionLoss(base, v_star, layers, training.frames, sampling.fps)
+            lora = {name: layer.lora() for name, layer in layers.items()}
+            subject = Subject(*metadata, loss.v_star, lora)
+            of_word = {"params": [loss.v_star], "lr": training.lr if args.word_lr is None else args.word_lr}
+            train_stage(loss, [of_word, {"params": list(loss.deltas)}], training.steps)
+        else:
+            subject = DreamVideoSubject(*metadata, class_embedding(base.text_encoder, args.class_word))
+            if settings["stage"] == 1:
+                loss = SubjectLoss(base, subject.v_star, {}, training.frames, sampling.fps)
+                subject.v_star = loss.v_star
+                train_stage(loss, [{"params": [loss.v_star], "lr": args.word_lr}], args.word_steps)
+            if settings["stage"] == 2 or (subject.steps == args.word_steps and not asked_to_stop()):
+                settings["stage"] = 2
+                torch.manual_seed(args.seed)    # the same start on every process
+                subject.v_star, subject.adapters = subject.v_star.detach(), new_adapters(base.unet)
+                loss = AdapterLoss(base, subject.v_star, subject.adapters, training.frames, sampling.fps)
+                with inserted_adapters(base.unet, subject.adapters):
+                    train_stage(loss, loss.parameters(), training.steps)
+        log.close(subject)
 
 
-class MergedSubjects:
-    """Sets lambda of several subjects at once, each as its method does."""
-
-    def __init__(self, unet: UNet, subjects):
-        by_class = {}
-        for subject in subjects:
-            by_class.setdefault(METHODS[subject.method].merge, []).append(subject)
-        self.merged = [merge(unet, *subjects) for merge, subjects in by_class.items()]
-
-    def set(self, lam):
-        for merged in self.merged:
-            merged.set(lam)
+# ------------------------------------------------------------------------------------------------------------
+# Sampling DreamVideo's subjects
 
 
-def add_method_flags(parser):
-    """train.py's flags that choose a method, and those that only one method has."""
-    parser.add_argument("--method", choices=list(METHODS), default="customcrafter",
-                        help="how to learn: the paper's way, or one of those it compares with, at their "
-                             "published settings, which are for large bases; sample those with "
-                             "--lambdas \"1*50\" (default: %(default)s)")
-    parser.add_argument("--targets", choices=TARGETS, default="all",
-                        help="LoRA on all spatial attention, or on the cross-attention alone (paper, "
-                             "Table 2) (default: %(default)s)")
-    parser.add_argument("--word_steps", type=int,
-                        help="dreamvideo: of --steps, the first that learn V* alone (published: 3,000)")
-    parser.add_argument("--word_lr", type=float,
-                        help="learning rate of V*, if not --lr (dreamvideo, published: 1e-4)")
+def sample_subject(args):
+    """Writes videos of a DreamVideo subject, with the names and JSONs that sample.py would give them."""
+    config, path = load_config(args.base), Path(args.subject[0])
+    settings = replace(with_flags(config.sampling, args), K=0)
+    args.lambdas = f"1*{settings.steps}"    # full strength, as the JSONs record
+    check_sampling(config, settings)
+    base = open_base(args, join_processes())
+    subject = load_dreamvideo(path / "subject.safetensors" if path.is_dir() else path, base)
+    prompts, tokens = pick_prompts(args, settings, [subject])
+    seed = args.seed if args.seed is not None else secrets.randbelow(2**31)
+    print(f"subject {path} ({subject.placeholder} {subject.class_word}, {subject.steps} steps), seed {seed}")
+    recorded = sample.video_settings(args, settings, base, [subject])
+    variants, written = [("", [subject], [1.0] * settings.steps)], []
+    with lock_folder(args.out), inserted_adapters(base.unet, subject.adapters):
+        jobs = sample.list_jobs(args, prompts, seed, recorded)
+        with Progress(total=len(jobs) * settings.steps, desc="sample", unit="step") as bar:
+            for i in range(0, len(jobs), args.batch_size):
+                batch = jobs[i:i + args.batch_size]
+                written += sample.make_batch(args, base, settings, tokens, batch, variants, bar)
+    print("wrote " + (" ".join(map(str, written)) or "nothing"))
 
 
-def fill_published(args):
-    """Flags left out take the method's published values. Raises BadInput for a flag of another method."""
-    if args.targets != "all" and args.method != "customcrafter":
-        raise BadInput(f"--targets {args.targets}: belongs to --method customcrafter; leave it out")
-    if args.word_steps is not None and args.method != "dreamvideo":
-        raise BadInput("--word_steps: belongs to --method dreamvideo; leave it out")
-    for flag, value in METHODS[args.method].published.items():
-        if getattr(args, flag) is None:
-            setattr(args, flag, value)
-    if (args.word_steps or 0) > (args.steps or args.word_steps or 0):
-        raise BadInput(f"--word_steps {args.word_steps}: should be at most --steps, which is {args.steps}; "
-                       f"the adapters learn in the steps after")
+# ------------------------------------------------------------------------------------------------------------
+# Flags: those of train.py and sample.py
+
+PUBLISHED = {"custom_diffusion": "--lr 8e-5 --steps 500 --alpha 1",
+             "dreamvideo": "--lr 1e-5 --steps 4000 --word_lr 1e-4 --alpha 0 --weight_decay 0"}
+
+
+def main():
+    p = FlagParser(description="Custom Diffusion, and DreamVideo's subject learning.",
+                   epilog="The first two commands take train.py's flags, and the last takes sample.py's. "
+                          "dreamvideo also takes --word_steps: of --steps, the first that train V* alone "
+                          "(default: 3000).")
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for method, published in PUBLISHED.items():
+        commands.add_parser(method, help=f"by default {published}", add_help=False)
+    commands.choices["dreamvideo"].add_argument("--word_steps", type=int, default=3000)
+    commands.add_parser("sample", help="videos of a DreamVideo subject", add_help=False)
+    own, flags = p.parse_known_args()
+    sys.argv[1:] = [*PUBLISHED.get(own.command, "").split(), *flags]
+    if own.command == "sample":
+        args = sample.parse_args()
+        if len(args.subject) != 1:
+            raise BadInput("--subject: name one run of dreamvideo")
+        refuse(args, "lambda_s", "lambda_l", "K", "lambdas", "compare")
+        sample_subject(args)
+    else:
+        args, config = train.parse_args()
+        refuse(args, "rank", "scale_lr", "caption_dropout", "preview_every", "targets")
+        config.training = replace(config.training, scale_lr=False, caption_dropout=0.0)
+        args.targets, args.word_steps = own.command, vars(own).get("word_steps")
+        if not 0 <= (args.word_steps or 0) <= args.steps:
+            raise BadInput(f"--word_steps {args.word_steps}: should be from 0 to --steps, which is "
+                           f"{args.steps}; the adapters are trained in the steps after")
+        learn_subject(args, config)
+
+
+def refuse(args, *names):
+    """Raises BadInput if a flag of train.py or sample.py was given that has no effect here."""
+    for name in names:
+        if getattr(args, name) not in (None, "", False, "all"):
+            raise BadInput(f"--{name}: has no effect on this method; leave it out")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,62 +1,56 @@
 """The paper's metrics: CLIP-T, CLIP-I, DINO-I and temporal consistency; and motion, which none of them sees.
 
-    python paper/evaluate.py --videos outputs/x --images photos/dog           # towers from the hub
+    python paper/evaluate.py --videos outputs/x --images photos/dog           # weights from the hub
+    python paper/evaluate.py --videos outputs/x outputs/y --base_videos outputs/base --images photos/dog
     python paper/evaluate.py --videos outputs/x --images photos/dog --clip open_clip_model.safetensors \\
                              --dino model.safetensors
-    torchrun --nproc_per_node 4 paper/evaluate.py --videos outputs/x outputs/y --images photos/dog
 
 Reads the videos that sample.py wrote, and each video's prompt from the JSON beside it. The numbers follow
 DreamVideo's published protocol: features are L2-normalised; all frames count; a video's number is the mean
-over its frames or its (photo, frame) pairs; a folder's number is the plain mean over its videos. Clips of
-the base alone (`sample.py --subject none`) with the same prompt and seed show the motion that a subject's
-video should keep. They lie in the same folders or in --base_videos. Prints a line per folder; writes
-evaluation.json and evaluation.csv, a row per video.
+over its frames or its (photo, frame) pairs; a folder's number is the plain mean over its videos. Clips of the
+base alone (`sample.py --subject none`) with the same prompt and seed show the motion that a subject's video
+should keep. Prints a line per folder, and writes evaluation.json with a row per video.
 
 Shapes: T frames, N photos, D features; videos (T, H, W, 3) uint8.
 """
-import csv
 import itertools
 import json
 import sys
-from collections import Counter
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from cli import (BadInput, FlagParser, Progress, check_out, check_regular, complete_or_absent, join_processes,
-                 one_line, printable, read_json, run_script, this_process, warn)
 import numpy as np
-import open_clip
-import timm
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
-from torchvision import transforms
 
-from data import load_photos
-from files import check_tensors, check_values, from_hub, is_plain_state
-from texts import without_placeholders
-from video import read_video
+from data import PICTURES, load_picture, read_folder
+from support.cli import (BadInput, FlagParser, Progress, atomic_write, check_out, join_processes, one_line,
+                         run_script, warn)
+from support.files import from_hub
+from support.texts import without_placeholders
+from support.video import check_ffmpeg, read_json
 
 METRICS = ("CLIP-T", "CLIP-I", "DINO-I", "T.Cons", "motion", "motion of base")
 
 
 def main():
     args = parse_args()
-    process = this_process()
-    join_processes(process, "gloo")
+    device = join_processes().device
+    print(f"CLIP ViT-B/32 and DINO ViT-S/16 on {device} in float32")
     videos = find_videos(args.videos)
     base_videos = find_videos(args.base_videos) if args.base_videos else []
-    photos = [photo.image for photo in load_photos(args.images, 10**6)]
-    clip, dino = load_clip(args.clip, process.device), load_dino(args.dino, process.device)
+    pictures = read_folder(args.images, PICTURES, partial(load_picture, longest=10**6), "--images", "photos")
+    photos = [photo for _, photo in pictures]
+    clip, dino = load_clip(args.clip, device), load_dino(args.dino, device)
 
     # The photos' features once, then every video against them.
     clip_photos, dino_photos = clip.images(photos), dino.images(photos)                     # (N, D) each
-    rows, base_rows = [], []
-    mine = videos[process.rank::process.world]
-    for path, facts in Progress(mine, desc="evaluate", unit="video", disable=process.rank > 0):
-        video, row = read_video(path, facts.get("frames")), describe(path, facts)           # (T, H, W, 3)
+    rows = []
+    for path, job in Progress(videos, desc="evaluate", unit="video"):
+        video, row = read_video(path, job), describe(path, job)                             # (T, H, W, 3)
         frames = [Image.fromarray(frame) for frame in video]
         clip_frames, dino_frames = clip.images(frames), dino.images(frames)                 # (T, D) each
         row["CLIP-T"] = cosines(clip.text(row["text"]), clip_frames)
@@ -65,33 +59,15 @@ def main():
         row["T.Cons"] = consistency(clip_frames)
         row["motion"] = motion(video)
         rows.append(row)
-    for path, facts in base_videos[process.rank::process.world]:
-        base_rows.append({**describe(path, facts), "motion": motion(read_video(path, facts.get("frames")))})
 
-    # What all processes found becomes one table.
-    rows, base_rows = of_all_processes(rows, process), of_all_processes(base_rows, process)
-    if process.rank == 0:
-        base_motion(rows, rows + base_rows)
-        report(rows, args.out or args.videos[0])
-
-
-def of_all_processes(rows, process):
-    """This process's rows -> those of all processes, in the order of folders and videos."""
-    found = [rows]
-    if process.world > 1:
-        found = [None] * process.world
-        dist.all_gather_object(found, rows)
-    together = []
-    for part in found:
-        together += part
-    return sorted(together, key=lambda row: (row["folder"], row["video"]))
-
-
-def describe(path, facts):
-    """What identifies a video in the table. Its text has no V*, which neither CLIP nor the base can read."""
-    text = without_placeholders(facts["prompt"], [subject["placeholder"] for subject in facts["subjects"]])
-    return {"folder": str(path.parent), "video": path.name, "text": text, "seed": facts["seed"],
-            "subjects": " ".join(subject["class_word"] for subject in facts["subjects"])}
+    # The motion of the base with the same text and seed, beside each video's own.
+    of_base = {(row["text"], row["seed"]): row["motion"] for row in rows if not row["subjects"]}
+    for path, job in base_videos:
+        row = describe(path, job)
+        of_base[row["text"], row["seed"]] = motion(read_video(path, job))
+    for row in rows:
+        row["motion of base"] = of_base.get((row["text"], row["seed"]))
+    report(rows, args.out or args.videos[0])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -149,6 +125,7 @@ class Tower(torch.nn.Module):
 
     def __init__(self, model, encode, resize, mean, std, tokenizer=None):
         super().__init__()
+        from torchvision import transforms
         self.model, self.encode, self.tokenizer = model.eval().requires_grad_(False), encode, tokenizer
         self.transform = transforms.Compose([
             transforms.Resize(resize, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224),
@@ -173,7 +150,8 @@ class Tower(torch.nn.Module):
 
 def load_clip(path, device):
     """OpenAI's ViT-B/32, with QuickGELU: `ViT-B-32` takes the same weights, and scores wrongly."""
-    model = open_clip.create_model("ViT-B-32-quickgelu", load_weights=False)
+    import open_clip
+    model = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32-quickgelu"))
     repository = "timm/vit_base_patch32_clip_224.openai"
     load_weights(model, path, "--clip", repository, "open_clip_model.safetensors")
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -183,6 +161,7 @@ def load_clip(path, device):
 
 def load_dino(path, device):
     """DINO's ViT-S/16, the class token after the norm; resize 256 and crop 224, as its authors do."""
+    import timm
     model = timm.create_model("vit_small_patch16_224", num_classes=0)
     load_weights(model, path, "--dino", "timm/vit_small_patch16_224.dino", "model.safetensors")
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -190,90 +169,82 @@ def load_dino(path, device):
 
 
 def load_weights(model, path, flag, repository, file):
-    """A local file, else the hub's, into `model`, strictly. Raises BadInput. Nothing in the file is run."""
+    """A local file, otherwise the hub's, into `model`. Raises BadInput. Nothing in the file is run."""
     path = path or from_hub(repository, file, flag, f"name it with {flag} PATH")
     try:
-        check_regular(path)
         if path.suffix == ".safetensors":
-            state = load_file(path)
+            model.load_state_dict(load_file(path))
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        if not is_plain_state(state):
-            raise ValueError("it is no dictionary of plain tensors")
+            model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # pickle, zip, TorchScript, safetensors and the disk each raise their own
-        raise BadInput(f"{flag} {path}: not readable as plain weights ({one_line(error)}); "
-                       f"{file} of {repository} is") from None
-    check_tensors(f"{flag} {path}", state, model.state_dict())
-    check_values(f"{flag} {path}", state)
-    model.load_state_dict(state)
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"{flag} {path}: not the weights of this model ({reason}); they are {file} of "
+                       f"{repository}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Files and tables
+# Videos and tables
 
 
 def find_videos(folders):
-    """Folders -> list of (video file, the facts that sample.py wrote beside it). Raises BadInput if none."""
-    found = []
-    once = {folder.resolve(): folder for folder in reversed(folders)}  # where a folder is given twice
-    for folder in reversed(once.values()):
-        if not folder.is_dir():
-            raise BadInput(f"--videos {folder}: no such folder; name one that sample.py wrote into")
+    """Folders -> list of (video file, the content of its JSON). Raises BadInput if a folder has none."""
+    videos = []
+    for folder in dict.fromkeys(folders):   # once each
+        before = len(videos)
         for path in sorted(folder.glob("*.json")):
-            try:
-                facts = read_json(path)
-                describe(path, facts)
-                if type(facts["seed"]) is not int or type(facts.get("frames", 0)) is not int:
-                    continue
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                continue  # no video of ours, such as evaluation.json
-            if facts.get("compare"):
-                warn(f"{path}: shows several videos side by side (--compare); left out")
-                continue
-            for video in (path.with_suffix(".mp4"), path.with_suffix(".gif")):
-                if video.exists():
-                    found.append((video, facts))
-                    break
-    if not found:
-        raise BadInput(f"--videos {' '.join(map(str, folders))}: no video with its JSON is there; "
-                       f"sample.py writes both")
-    return found
+            job, files = read_json(path) or {}, [path.with_suffix(".mp4"), path.with_suffix(".gif")]
+            file = next((file for file in files if file.exists()), None)
+            if not file or not {"prompt", "seed", "subjects"} <= job.keys():
+                continue    # not a video's, such as evaluation.json
+            if job.get("compare"):
+                warn(f"{path}: shows several videos side by side (--compare); skipped")
+            else:
+                videos.append((file, job))
+        if len(videos) == before:
+            raise BadInput(f"{folder}: has no video with its JSON; name a folder that sample.py wrote into")
+    return videos
 
 
-def base_motion(rows, base_rows):
-    """Writes into each row the motion of the base with the same text and seed, or None."""
-    known = {(row["text"], row["seed"]): row["motion"] for row in base_rows if not row["subjects"]}
-    for row in rows:
-        row["motion of base"] = known.get((row["text"], row["seed"]))
+def read_video(path, job):
+    """mp4 or gif -> video (T, H, W, 3). Raises BadInput if it cannot be read, or has lost frames."""
+    import imageio.v3 as iio
+    reader = {"plugin": "FFMPEG"} if path.suffix == ".mp4" else {"plugin": "pillow", "mode": "RGB"}
+    try:
+        video = iio.imread(path, **reader)
+        if len(video) != job.get("frames", len(video)):
+            raise ValueError(f"it has {len(video)} of {job['frames']} frames")
+        return video
+    except Exception as error:  # imageio's plugins each raise their own
+        if path.suffix == ".mp4":
+            check_ffmpeg(path, "or move the mp4 away if its gif will do")
+        raise BadInput(f"{path}: not a readable video ({one_line(error)}); "
+                       f"delete its JSON and sample it again") from None
+
+
+def describe(path, job):
+    """What identifies a video. Its text has the class word in place of V*, which CLIP cannot read."""
+    text = without_placeholders(job["prompt"], [subject["placeholder"] for subject in job["subjects"]])
+    return {"folder": str(path.parent), "video": path.name, "text": text, "seed": job["seed"],
+            "subjects": " ".join(subject["class_word"] for subject in job["subjects"])}
 
 
 def report(rows, out):
-    """Prints a line per folder, means with standard errors; writes evaluation.json and evaluation.csv."""
-    table, counts = {row["folder"]: {} for row in rows}, Counter(row["folder"] for row in rows)
-    for row in rows:
-        for metric in METRICS:
-            if row[metric] is not None and not np.isfinite(row[metric]):
-                warn(f"{row['folder']}: {metric} of {row['video']} is not finite; left out")
-                row[metric] = None
-            if row[metric] is not None:
-                table[row["folder"]].setdefault(metric, []).append(row[metric])
-    lines = {}
-    for folder, values in table.items():
-        lines[folder] = {metric: (float(np.mean(x)), float(np.std(x) / len(x) ** 0.5), len(x))
-                         for metric, x in values.items()}
+    """Prints a line per folder, means with standard errors; writes evaluation.json."""
     print("| | videos | " + " | ".join(METRICS) + " |\n" + "|---" * (2 + len(METRICS)) + "|")
-    for folder, line in lines.items():
-        cells = [f"{line[m][0]:.3f} ± {line[m][1]:.3f}" if m in line else "–" for m in METRICS]
-        print(f"| {printable(folder)} | {counts[folder]} | " + " | ".join(cells) + " |")
-    with complete_or_absent(out / "evaluation.json") as temporary:
-        report = {"folders": lines, "videos": rows}
-        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    with complete_or_absent(out / "evaluation.csv") as temporary:
-        with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as f:
-            writer = csv.DictWriter(f, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
-    print(f"wrote {out / 'evaluation.json'} {out / 'evaluation.csv'}")
+    folders = {}
+    for folder in dict.fromkeys(row["folder"] for row in rows):
+        mine, cells, folders[folder] = [row for row in rows if row["folder"] == folder], [], {}
+        for metric in METRICS:
+            values = [row[metric] for row in mine if row[metric] is not None]
+            if values:
+                mean, error = float(np.mean(values)), float(np.std(values) / len(values) ** 0.5)
+                folders[folder][metric] = mean, error, len(values)
+            cells.append(f"{mean:.3f} ± {error:.3f}" if values else "–")
+        print(f"| {folder} | {len(mine)} | " + " | ".join(cells) + " |")
+    with atomic_write(out / "evaluation.json") as temporary:
+        content = {"folders": folders, "videos": rows}
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {out / 'evaluation.json'}")
 
 
 def parse_args():
@@ -287,8 +258,7 @@ def parse_args():
                    help="weights of OpenAI's ViT-B/32 as open_clip names them (default: from the hub)")
     p.add_argument("--dino", type=Path,
                    help="weights of DINO's ViT-S/16 as timm names them (default: from the hub)")
-    p.add_argument("--out", type=Path,
-                   help="folder for evaluation.json and .csv (default: the first of --videos)")
+    p.add_argument("--out", type=Path, help="folder for evaluation.json (default: the first of --videos)")
     args = p.parse_args()
     if args.out:
         check_out(args.out)

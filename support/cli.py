@@ -35,8 +35,7 @@ def run_script(main):
     """Runs `main()`. A mistake of the user becomes one line on stderr and exit code 2.
 
     A stop signal ends the process by that signal, so that the exit code reports it (130, 143 or 129). Any
-    other error shows Python's traceback, because in code that is meant to be changed the traceback is the
-    help.
+    other error shows Python's traceback: in code that is meant to be changed, the traceback is the help.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's streams cannot be reconfigured
@@ -46,6 +45,8 @@ def run_script(main):
         signal.signal(number, raise_stopped)
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except KeyboardInterrupt as stop:
         with suppress(OSError):  # after SIGHUP the terminal is gone
             print("stopped", file=sys.stderr)
@@ -56,7 +57,8 @@ def run_script(main):
         message = one_line(error)
         if isinstance(error, OSError) and error.filename:
             message = f"{error.filename}: {message}"
-        if is_out_of_memory(error):
+        # For a CPU, only the text of PyTorch's error shows that there was too little memory.
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in message:
             message = (f"out of memory ({message}); fewer --frames, a smaller --height and --width, "
                        f"--batch_size 1, and in training --grad_checkpointing need less")
         elif not isinstance(error, (BadInput, OSError)):
@@ -67,23 +69,12 @@ def run_script(main):
 
 def stop_numbers():
     """The signals that ask a script to stop. One that is ignored, as SIGHUP is under nohup, stays ignored."""
-    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}    # Windows has none
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}    # not on Windows
     return {number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN}
 
 
 def raise_stopped(number, frame):
     raise Stopped(number)
-
-
-def is_out_of_memory(error):
-    """Whether the device or the CPU had too little memory. For a CPU, PyTorch reports it only in its text."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-
-
-def is_disk_full(error, folder):
-    """Whether a write failed because the disk, or the user's quota, is full."""
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    return full or shutil.disk_usage(folder).free < 2**20  # torch and safetensors raise errors of their own
 
 
 def one_line(error):
@@ -93,12 +84,14 @@ def one_line(error):
 
 
 def warn(text):
+    """Prints a warning, once for all processes."""
     with suppress(OSError):  # a terminal that is gone must not end a run
-        print(f"warning: {text}", file=sys.stderr)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"warning: {text}", file=sys.stderr)
 
 
 class Progress(tqdm):
-    """A progress bar on a terminal. Elsewhere, as in a log file, a plain line every 30 seconds and at the end."""
+    """A progress bar on a terminal. Elsewhere, as in a log file, a line every 30 seconds and at the end."""
     every = 30.0
 
     def __init__(self, *args, **kwargs):
@@ -138,8 +131,6 @@ def check_out(out):
 # ------------------------------------------------------------------------------------------------------------
 # Processes, devices, signals
 
-PATIENCE = timedelta(hours=24)      # for the others, while one process makes the prior or a preview
-
 
 @dataclass(frozen=True)
 class Process:
@@ -156,32 +147,25 @@ def join_processes():
     """
     if not dist.is_torchelastic_launched():
         if os.environ.get("RANK"):  # a container or an older shell may have left it behind
-            print(f"RANK={os.environ['RANK']} is set, but torchrun did not start this process; it works alone")
+            rank = os.environ["RANK"]
+            print(f"RANK={rank} is set, but torchrun did not start this process; it works alone")
         return Process(0, 1, pick_device(0))
     device = pick_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(timeout=PATIENCE, device_id=device if device.type == "cuda" else None)
+    # While one process draws a preview, the others wait.
+    dist.init_process_group(timeout=timedelta(hours=24), device_id=device if device.type == "cuda" else None)
     return Process(dist.get_rank(), dist.get_world_size(), device)
 
 
 def pick_device(local_rank):
     if not torch.accelerator.is_available():
         return torch.device("cpu")
-    kind, count = torch.accelerator.current_accelerator().type, torch.accelerator.device_count()
-    if local_rank >= count:
-        raise BadInput(f"--nproc_per_node: is more than the {count} {kind} devices here; "
+    kind, number = torch.accelerator.current_accelerator().type, torch.accelerator.device_count()
+    if local_rank >= number:
+        raise BadInput(f"--nproc_per_node: is more than the {number} {kind} devices here; "
                        f"one process needs one device")
-    if count > 1:
+    if number > 1:
         torch.accelerator.set_device_index(local_rank)
     return torch.device(kind, local_rank)
-
-
-def check_same(process, **values):
-    """Every process has the same values. Raises BadInput. Nodes may see other files under the same names."""
-    for rank, theirs in enumerate(of_all_processes(values, process)):
-        for name, value in values.items():
-            if theirs[name] != value:
-                raise BadInput(f"the processes differ in their {name}: rank {process.rank} has {value}, rank "
-                               f"{rank} has {theirs[name]}; give every node the same")
 
 
 def of_all_processes(value, process):
@@ -193,12 +177,13 @@ def of_all_processes(value, process):
     return values
 
 
-def of_rank_0(value, process):
-    """Rank 0's value, on every process, for what another process might see differently."""
-    box = [value]
-    if process.world > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
+def check_same(process, **values):
+    """Every process has the same values. Raises BadInput: nodes may see other files under the same names."""
+    for rank, theirs in enumerate(of_all_processes(values, process)):
+        for name, value in values.items():
+            if theirs[name] != value:
+                raise BadInput(f"the processes differ in their {name}: rank {process.rank} has {value}, rank "
+                               f"{rank} has {theirs[name]}; give every node the same")
 
 
 def mean_over_processes(x, process):
@@ -210,13 +195,6 @@ def mean_over_processes(x, process):
 def wait_for_all(process):
     if process.world > 1:
         dist.barrier()
-
-
-def leave_processes(process):
-    """Waits for all processes, and ends their connection."""
-    if process.world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def pick_precision(precision, device, training=False):
@@ -238,8 +216,9 @@ def pick_precision(precision, device, training=False):
 def stop_signals(process):
     """Yields a function, called by all processes, that returns True once any of them got a stop signal.
 
-    The block can then save. After it, every process is ended by that signal. A second Ctrl-C ends the script
-    at once. A second SIGTERM does not, because a scheduler may send one and torchrun another.
+    The block can then save. After it, the processes wait for each other, and that signal ends them all. A
+    second Ctrl-C ends the script at once. A second SIGTERM does not, because a scheduler may send one and
+    torchrun another.
     """
     received, agreed = [], []
 
@@ -259,6 +238,7 @@ def stop_signals(process):
     before = {number: signal.signal(number, note) for number in stop_numbers()}
     try:
         yield asked_to_stop
+        wait_for_all(process)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -284,8 +264,10 @@ def atomic_write(path):
         make_durable(temporary)
         os.replace(temporary, path)
     except Exception as error:
-        if is_disk_full(error, path.parent):
-            raise BadInput(f"{path}: not written, the disk is full; make room, or name another --out") from None
+        # PyTorch and safetensors report a full disk by errors of their own.
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or shutil.disk_usage(path.parent).free < 2**20:
+            raise BadInput(f"{path}: the disk is full; make room, or name another --out") from None
         if isinstance(error, BadInput):
             raise BadInput(str(error).replace(str(temporary), str(path))) from None
         raise
@@ -294,14 +276,13 @@ def atomic_write(path):
 
 
 def make_durable(path):
-    """Flushes a file, or a folder's files, to the disk, with the permissions that the user's umask asks for."""
+    """Flushes a file, or a folder's files, to the disk, with the permissions that the umask asks for."""
     umask = os.umask(0)
     os.umask(umask)
-    for file in [path, *path.glob("*")] if path.is_dir() else [path]:
-        if file.is_file():
-            file.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
-            with open(file, "rb+") as f:
-                os.fsync(f.fileno())
+    for file in path.iterdir() if path.is_dir() else [path]:
+        file.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
+        with open(file, "rb+") as f:
+            os.fsync(f.fileno())
 
 
 def remove(path):
@@ -312,34 +293,40 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 
-LOCK = ".writer.lock"
-
-
 @contextmanager
 def lock_folder(folder, wait=False):
-    """Lets only this run write into `folder` until the block ends. Removes what a killed run left half-written.
+    """Lets only this run write into `folder` until the block ends. Removes a killed run's temporary files.
 
     Raises BadInput if another run is writing there, or waits for it to end. On a file system without locks a
     warning replaces the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
+    file = folder / ".writer.lock"
+    lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        advice = f"delete {folder / LOCK} if no run is, as after a kill on another machine"
+        remedy = f"if none is, as after a kill on another machine, delete {file}"
         if not wait:
-            raise BadInput(f"{folder}: another run is writing there; wait for it or name another folder, or "
-                           f"{advice}") from None
-        print(f"{folder}: another run is writing there; waiting for it ({advice})")
+            raise BadInput(f"{folder}: another run is writing there; wait for it, or name another folder; "
+                           f"{remedy}") from None
+        print(f"{folder}: another run is writing there; waiting for it; {remedy}")
         lock.acquire()
     except (OSError, NotImplementedError) as error:
-        warn(f"{folder / LOCK}: this file system has no locks ({one_line(error)}); start no other run there")
+        warn(f"{file}: this file system has no locks ({one_line(error)}); start no other run in that folder")
     try:
-        if lock.is_locked:
-            for path in folder.glob(".tmp-*"):
-                if re.fullmatch(r"\.tmp-\d+-.+", path.name):
+        for path in folder.glob(".tmp-*") if lock.is_locked else []:
+            if re.fullmatch(r"\.tmp-\d+-.+", path.name):
+                with suppress(OSError):     # another process may still read it
                     remove(path)
         yield
     finally:
         lock.release()
+
+
+def leave_processes(process):
+    wait_for_all(process)
+
+
+def of_rank_0(value, process):
+    return of_all_processes(value, process)[0]

@@ -1,7 +1,8 @@
 """A base's config.json: every number that a base has, and where that number comes from; flags in their place.
 
-Nothing to run here. The defaults are VideoCrafter2's, from the paper or, where a comment says so, from
-elsewhere. Another base has other numbers in its config.json. An entry that it lacks has the default here.
+Nothing to run here. The defaults are VideoCrafter2's. Another base has other numbers in its config.json; an
+entry that its config.json lacks has the default here. "Paper" is CustomCrafter, "release" the authors' code
+(paper/README.md compares the two), "upstream" is VideoCrafter2's code.
 """
 import argparse
 import json
@@ -15,21 +16,26 @@ from model import NOISE_LEVELS, ScheduleConfig, TextConfig, UNetConfig, VAEConfi
 from support.cli import BadInput, one_line
 
 
+def flag(default, low, high, text):
+    """A number that is also a flag: its default, what it may be, and what --help prints."""
+    return field(default=default, metadata={"low": low, "high": high, "help": text})
+
+
 @dataclass
 class SamplingDefaults:
-    """What sample.py uses unless a flag is given. The paper's values, unless a comment names another source."""
-    frames: int = 16         # the length of VideoCrafter2's own training clips
-    height: int = 320
-    width: int = 512
-    fps: int = 16            # given to the UNet as a condition: the authors' release
-    save_fps: int = 10       # of the file: upstream's sampling script
+    """What sample.py uses unless a flag is given."""
+    frames: int = flag(16, 1, 1024, "frames in a video (VideoCrafter2's training clips: 16)")
+    height: int = flag(320, 8, 8192, "height in pixels")
+    width: int = flag(512, 8, 8192, "width in pixels")
+    fps: int = flag(16, 1, 1000, "frames per second that the UNet is conditioned on (release: 16)")
+    save_fps: int = flag(10, 1, 240, "frames per second at which the file plays (upstream: 10)")
+    steps: int = flag(50, 1, NOISE_LEVELS, "DDIM steps (paper: 50)")
+    cfg: float = flag(12.0, 0, 100, "guidance scale (paper: 12)")
+    eta: float = flag(1.0, 0, 1, "DDIM noise: 0 none, 1 as much as ancestral sampling (release: 1)")
+    lambda_s: float = flag(0.4, -10, 10, "LoRA weight in the first K steps, where motion forms (paper: 0.4)")
+    lambda_l: float = flag(0.8, -10, 10, "LoRA weight in the later steps, where detail forms (paper: 0.8)")
+    K: int = flag(5, 0, NOISE_LEVELS, "number of steps with lambda_s (paper: 5)")
     prompt: str = "a V* {class word} running on the grass"
-    steps: int = 50
-    cfg: float = 12.0
-    eta: float = 1.0         # upstream's text-to-video script
-    lambda_s: float = 0.4    # this and the next two: Sec. "Dynamic Weighted Video Sampling"
-    lambda_l: float = 0.8
-    K: int = 5
 
     def prompt_for(self, subjects):
         """The default prompt, which names every subject: "a V* dog and a <cat> cat running on the grass"."""
@@ -39,23 +45,20 @@ class SamplingDefaults:
 
 @dataclass
 class TrainingDefaults:
-    """What train.py uses unless a flag is given: the paper's values (Sec. "Implementation details").
-
-    "Release" is the authors' released code, which paper/README.md compares with the paper.
-    """
-    rank: int = 4            # release
-    lr: float = 3e-5
-    scale_lr: bool = True    # release: multiply lr by all clips of a step, subject and prior
-    frames: int = 4          # of a still video: release
-    caption_dropout: float = 0.0    # ours; release: 0.2
-    weight_decay: float = 1e-2
-    steps: int = 10_000
-    batch_size: int = 1      # release: subject clips per process, each with one prior clip
-    grad_accum: int = 1
-    alpha: float = 1.0
-    num_prior: int = 200
-    save_every: int = 500    # ours, as the next one
-    preview_every: int = 1000
+    """What train.py uses unless a flag is given."""
+    rank: int = flag(4, 1, 1024, "rank of the LoRA (release: 4)")
+    lr: float = flag(3e-5, 0, 1, "learning rate of AdamW (paper: 3e-5)")
+    scale_lr: bool = flag(True, 0, 1, "multiply --lr by all clips of a step, subject and prior (release: on)")
+    weight_decay: float = flag(1e-2, 0, 1, "weight decay of AdamW (paper: 1e-2)")
+    steps: int = flag(10_000, 1, 10**7, "training steps (paper: 10,000)")
+    frames: int = flag(4, 1, 1024, "frames of a still video (release: 4)")
+    batch_size: int = flag(1, 1, 1024, "subject clips per process, each with a prior clip (release: 1)")
+    grad_accum: int = flag(1, 1, 1024, "batches per step: the same clips with less memory")
+    alpha: float = flag(1.0, 0, 1000, "weight of the prior loss, 0 for no prior (paper: 1)")
+    num_prior: int = flag(200, 1, 10_000, "number of prior pictures or videos (paper: 200)")
+    caption_dropout: float = flag(0.0, 0, 1, "share of clips, subject and prior, whose caption is left empty")
+    save_every: int = flag(500, 1, 10**7, "steps between saves")
+    preview_every: int = flag(1000, 0, 10**7, "steps between previews, 0 for none")
     images: str = ""         # folder with the photos of the base's own subject, relative to the repository
     class_word: str = ""     # what they show
 
@@ -64,8 +67,7 @@ class TrainingDefaults:
 class BaseConfig:
     name: str = "videocrafter2"
     fingerprint: str = ""    # of the weights: a subject remembers the base that it was trained on
-    latent_std: float = 0.0  # if > 0: the base was trained with v-prediction weights, and its scaled latents
-    #                          have this standard deviation
+    latent_std: float = 0.0  # of the scaled latents, of a base that was trained with v-prediction's weights
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     text: TextConfig = field(default_factory=TextConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
@@ -80,39 +82,37 @@ class BaseConfig:
 
 def load_config(base):
     """The config.json of a base folder -> BaseConfig. Raises BadInput."""
-    path = Path(base) / "config.json"
+    path, parts = Path(base) / "config.json", {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        parts = {}
         for entry in fields(BaseConfig):
             if entry.default_factory is not MISSING:    # a dataclass of its own
-                own = values.pop(entry.name, {})
-                own = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
+                own = {name: tuple(value) if isinstance(value, list) else value
+                       for name, value in values.pop(entry.name, {}).items()}
                 parts[entry.name] = entry.default_factory(**own)
         return BaseConfig(**values, **parts)            # Python itself names an unknown entry
     except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; --base takes a folder made by convert_ckpt.py, "
-                       f"or toy/base") from None
+        raise BadInput(f"{path}: no such file; --base takes toy/base, or what convert_ckpt.py made") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise BadInput(f"{path}: not a base's config ({one_line(error)})") from None
 
 
 def save_config(config: BaseConfig, path):
     """Writes what differs from VideoCrafter2's defaults, so that a base follows later defaults."""
-    values, defaults = asdict(config), asdict(BaseConfig())
-    for name, value in list(values.items()):
+    values, defaults = {"name": config.name}, asdict(BaseConfig())
+    for name, value in asdict(config).items():
         if isinstance(value, dict):
-            values[name] = {key: own for key, own in value.items() if own != defaults[name][key]}
-        if not values[name] or values[name] == defaults[name]:
-            del values[name]
-    Path(path).write_text(json.dumps({"name": config.name} | values, indent=1) + "\n", encoding="utf-8")
+            value = {key: own for key, own in value.items() if own != defaults[name][key]}
+        if value and value != defaults[name]:
+            values[name] = value
+    Path(path).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def loss_weights(config: BaseConfig, schedule):
-    """w(t) of every noise level (1000,), by which a base's loss was weighted: 1 for VideoCrafter2.
+    """w(t) of every noise level (1000,), with which a base was trained: 1 for VideoCrafter2.
 
-    The embedded base was trained with the weights of v-prediction (Salimans and Ho 2022), which count errors
-    of eps at high noise levels more.
+    The embedded base has the weights of v-prediction (Salimans and Ho 2022), so that errors of eps at high
+    noise levels count more.
     """
     if not config.latent_std:
         return torch.ones(NOISE_LEVELS)
@@ -123,45 +123,17 @@ def loss_weights(config: BaseConfig, schedule):
 # ------------------------------------------------------------------------------------------------------------
 # Flags in place of defaults
 
-# Name -> least, most, and what --help says.
-FLAGS = {
-    SamplingDefaults: {
-        "frames": (1, 1024, "frames in a video"),
-        "height": (8, 8192, "height in pixels"),
-        "width": (8, 8192, "width in pixels"),
-        "fps": (1, 1000, "frames per second that the UNet is conditioned on"),
-        "save_fps": (1, 240, "frames per second at which the file plays"),
-        "steps": (1, NOISE_LEVELS, "DDIM steps (paper: 50)"),
-        "cfg": (0, 100, "guidance scale (paper: 12)"),
-        "eta": (0, 1, "DDIM noise: 0 is deterministic, 1 is as much as ancestral sampling"),
-        "lambda_s": (-10, 10, "LoRA weight in the first K steps, where motion forms (paper: 0.4)"),
-        "lambda_l": (-10, 10, "LoRA weight in the later steps, where detail forms (paper: 0.8)"),
-        "K": (0, NOISE_LEVELS, "number of steps with lambda_s (paper: 5)")},
-    TrainingDefaults: {
-        "rank": (1, 1024, "rank of the LoRA"),
-        "lr": (0, 1, "learning rate of AdamW (paper: 3e-5)"),
-        "scale_lr": (0, 1, "multiply --lr by all clips of a step, subject and prior"),
-        "frames": (1, 1024, "frames of a still video"),
-        "caption_dropout": (0, 1, "share of clips, subject and prior, that are trained with an empty caption"),
-        "weight_decay": (0, 1, "weight decay of AdamW (paper: 1e-2)"),
-        "steps": (1, 10**7, "training steps (paper: 10,000)"),
-        "batch_size": (1, 1024, "subject clips per process and step, each with one prior clip"),
-        "grad_accum": (1, 1024, "batches per process and step, for less memory at the same clips per step"),
-        "alpha": (0, 1000, "weight of the prior loss, 0 for none (paper: 1.0)"),
-        "num_prior": (1, 10_000, "number of prior pictures or videos (paper: 200)"),
-        "save_every": (1, 10**7, "steps between saves"),
-        "preview_every": (0, 10**7, "steps between previews, 0 for none")},
-}
+
+def flag_names(cls):
+    return [entry.name for entry in fields(cls) if entry.metadata]
 
 
 def add_flags(parser, cls, only=None):
     """Adds the flags of a class of defaults, --steps and so on, or those named in `only`."""
-    for name in only or FLAGS[cls]:
-        kind, text = type(getattr(cls, name)), FLAGS[cls][name][2]
-        if kind is bool:
-            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
-        else:
-            parser.add_argument(f"--{name}", type=kind, help=text)
+    for entry in fields(cls):
+        if entry.metadata and entry.name in (only or flag_names(cls)):
+            kind = {"action": argparse.BooleanOptionalAction} if entry.type is bool else {"type": entry.type}
+            parser.add_argument(f"--{entry.name}", help=entry.metadata["help"], **kind)
 
 
 def add_speed_flags(parser, precisions, training=False):
@@ -170,41 +142,49 @@ def add_speed_flags(parser, precisions, training=False):
     parser.add_argument("--precision", choices=["auto", *precisions], default="auto",
                         help=f"of the UNet (V* and LoRA train in float32); auto: bfloat16 on a GPU that has "
                              f"it, else {without_bfloat16}")
-    parser.add_argument("--compile", action="store_true",
-                        help="torch.compile the UNet: slow to start, then faster; needs a C++ compiler on a CPU "
-                             "and Triton on a GPU")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: slow to start, then "
+                        "faster; needs Triton on a GPU and a C++ compiler on a CPU")
     if training:
         parser.add_argument("--grad_checkpointing", action=argparse.BooleanOptionalAction, default=False,
-                            help="recompute activations instead of keeping them: a quarter of the memory for "
-                                 "a third more time")
+                            help="recompute activations instead of keeping them: a third slower, less memory")
 
 
-def check_flags(args, ranges):
-    """Every flag that was given lies in its range (low, high, ...). Raises BadInput."""
-    for flag, (low, high, *_) in ranges.items():
-        value = getattr(args, flag, None)
+def check_flags(args, *classes, **ranges):
+    """Every flag of these classes, and of `ranges` (name=(low, high)), is in its range if it was given."""
+    for entry in sum(map(fields, classes), ()):
+        if entry.metadata:
+            ranges[entry.name] = entry.metadata["low"], entry.metadata["high"]
+    for name, (low, high) in ranges.items():
+        value = getattr(args, name, None)
         if value is not None and not low <= value <= high:
-            raise BadInput(f"--{flag} {value}: should be from {low} to {high}")
+            raise BadInput(f"--{name} {value}: should be from {low} to {high}")
 
 
-def check_placeholder(placeholder):
+def check_words(args):
+    """--placeholder and --class_word can stand in a caption: "a V* dog". Raises BadInput."""
+    placeholder, class_word = args.placeholder, args.class_word.strip()
     if not re.fullmatch(r"[^\s#]\S{0,31}", placeholder) or not re.search(r"\W", placeholder):
-        raise BadInput(f"--placeholder {placeholder!r}: must be a single word with a symbol in it, such as V* or "
-                       f"<new1>, and does not begin with #")
+        raise BadInput(f"--placeholder {placeholder!r}: must be a single word with a symbol in it, such as "
+                       f"V* or <new1>, and does not begin with #")
+    if args.images is not None and not class_word:
+        raise BadInput("--class_word: is needed with --images; name what the photos show, such as dog")
+    article = r"^(a|an|the)\s+"
+    if placeholder in class_word or re.match(article, class_word, re.IGNORECASE):
+        noun = re.sub(article, "", class_word.split(placeholder)[-1].strip(), flags=re.IGNORECASE) or "dog"
+        raise BadInput(f"--class_word {class_word!r}: is a caption, not a class; write --class_word {noun}")
 
 
 def with_flags(defaults, args, only=None):
     """Returns the defaults, overridden by the flags that were given, or by those in `only`."""
-    names = only or [entry.name for entry in fields(defaults)]
-    given = {name: getattr(args, name, None) for name in names}
+    given = {name: getattr(args, name, None) for name in only or [entry.name for entry in fields(defaults)]}
     return replace(defaults, **{name: value for name, value in given.items() if value not in (None, "")})
 
 
 def check_sampling(config, sampling):
     """This base can draw the height and width, and K is one of the steps. Raises BadInput."""
-    for flag, value in (("height", sampling.height), ("width", sampling.width)):
-        if value % config.size_multiple():
-            raise BadInput(f"--{flag} {value}: should be a multiple of {config.size_multiple()} "
-                           f"on the base {config.name}")
+    for name in ("height", "width"):
+        value, multiple = getattr(sampling, name), config.size_multiple()
+        if value % multiple:
+            raise BadInput(f"--{name} {value}: should be a multiple of {multiple} on the base {config.name}")
     if sampling.K > sampling.steps:
         raise BadInput(f"--K {sampling.K}: should be at most --steps, which is {sampling.steps}")

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from lora import target_names
 from model import VAE, Base, TextEncoder, UNet
-from support.cli import ROOT, BadInput, atomic_write, one_line, pick_precision, warn
+from support.cli import ROOT, BadInput, atomic_write, check_same, one_line, pick_precision, warn
 from support.config import load_config
 
 # ------------------------------------------------------------------------------------------------------------
@@ -48,28 +48,30 @@ def open_base(args, process, training=False):
     precision = pick_precision(args.precision, process.device, training)
     base = load_base(args.base, process.device, getattr(torch, precision))
     if process.rank == 0:
-        print(f"base {args.base} ({base.config.name}) on {process.device} in {precision}", flush=True)
-        if process.device.type == "cpu" and base.config.name == "videocrafter2":
-            warn("VideoCrafter2 works on the CPU, where a video takes hours; if there is a GPU, install a build "
-                 "of torch that supports it")
+        print(f"base {args.base} ({base.config.name}) on {process.device} in {precision}")
+    if process.device.type == "cpu" and base.config.name == "videocrafter2":
+        warn("VideoCrafter2 takes hours for a video on a CPU; for a GPU, install a torch build that knows it")
+    check_same(process, device=process.device.type, base=base.config.fingerprint)
     if getattr(args, "compile", False):
         base.unet.compile()
     return base
 
 
 def load_base(folder, device="cpu", dtype=torch.float32):
-    """Folder -> Base on `device`, its UNet in `dtype`. Raises BadInput if the files do not belong together."""
+    """Folder -> Base on `device`, its UNet in `dtype`. Raises BadInput if its files do not fit together."""
     folder, networks = Path(folder), {}
     config = load_config(folder)
     with ExitStack() as stack:
-        files = {part: stack.enter_context(open_safetensors(folder / f"{part}.safetensors")) for part in PARTS}
-        in_headers = {(file.metadata() or {}).get("fingerprint") for file in files.values()}
-        if None in in_headers:      # someone else wrote a file: only its weights can tell which base this is
+        files = {part: stack.enter_context(open_safetensors(folder / f"{part}.safetensors"))
+                 for part in PARTS}
+        recorded = {(file.metadata() or {}).get("fingerprint") for file in files.values()}
+        if None in recorded:    # someone else wrote a file, so only the weights can tell which base this is
             values = ((f"{part}.{name}", files[part].get_tensor(name)) for part in PARTS
                       for name in sorted(files[part].keys()))
             config = replace(config, fingerprint=fingerprint(values))
-        elif in_headers != {config.fingerprint}:
-            raise BadInput(f"{folder}: its files belong to different bases; convert or copy the base again")
+        elif len(recorded | {config.fingerprint}) > 1:
+            raise BadInput(f"{folder}: config.json and the weights belong to different bases; convert or "
+                           f"copy the base again")
         for part, file in files.items():
             with torch.device("meta"):
                 network = build_part(part, config)
@@ -88,18 +90,18 @@ def open_safetensors(path):
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; convert_ckpt.py makes a base folder, train.py a subject") from None
+        raise BadInput(f"{path}: no such file; convert_ckpt.py makes a base, train.py a subject") from None
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{path}: not a readable safetensors file ({one_line(error)}); "
                        f"make or copy it again") from None
 
 
-def fingerprint(values):
-    """(name, tensor) of all of a base's weights -> 16 hex digits. Every value counts, their precision does not.
+def fingerprint(values, header=""):
+    """(name, tensor) of weights -> 16 hex digits. Every value counts, its precision does not.
 
-    PARTS have their order here, and names are sorted within a part.
+    A base's parts come in the order of PARTS, and names are sorted within a part.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(header.encode())
     for name, tensor in values:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy())
@@ -109,13 +111,11 @@ def fingerprint(values):
 def from_hub(repository, file, flag, advice):
     """A file of the Hugging Face hub -> its path in the hub's cache. Raises BadInput that names `flag`."""
     from huggingface_hub import hf_hub_download
-    if not sys.stderr.isatty():
-        print(f"{flag}: {file} of https://huggingface.co/{repository}, downloaded unless it is in the cache")
+    print(f"{flag}: {file} of https://huggingface.co/{repository}, downloaded unless it is in the cache")
     try:
         return Path(hf_hub_download(repository, file))
     except Exception as error:  # the hub's, the network's and the disk's own errors share no base class
-        raise BadInput(f"{flag}: could not download {file} of {repository} ({one_line(error)}); get it from "
-                       f"https://huggingface.co/{repository} and {advice}") from None
+        raise BadInput(f"{flag}: not downloaded ({one_line(error)}); do it by hand, and {advice}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -151,11 +151,7 @@ class Subject:
 
     def fingerprint(self):
         """16 hex digits that tell this subject, its tensors and its metadata, from any other."""
-        digest = hashlib.sha256(json.dumps(self.metadata(), sort_keys=True).encode())
-        for name, tensor in sorted(self.tensors().items()):
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().float().cpu().contiguous().numpy())
-        return digest.hexdigest()[:16]
+        return fingerprint(sorted(self.tensors().items()), json.dumps(self.metadata(), sort_keys=True))
 
 
 def save_subject(path, subject: Subject):
@@ -166,7 +162,7 @@ def save_subject(path, subject: Subject):
 
 
 def read_header(path):
-    """A subject file's header, or {} where there is none that can be read."""
+    """A .safetensors file's header, or {} where there is none that can be read."""
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
@@ -225,14 +221,12 @@ def find_subjects(given, base_fingerprint):
             if passed_over:
                 warn(f"{passed_over[0]}, so {path} is taken; --subject names another")
             return [path]
-        reason = "of another base" if header else "not readable"
-        passed_over.append(f"{path} is newer, but {reason}")
-    raise BadInput("--subject: no subject of this base is under runs/; train one with train.py, name one, "
-                   "or pass --subject none")
+        passed_over.append(f"{path} is newer, but {'of another base' if header else 'not readable'}")
+    raise BadInput("--subject: none of this base is under runs/; train one, name one, or pass --subject none")
 
 
 def pick_images(args):
-    """Fills args.images and args.class_word where they are left out: the base's own, else the embedded base's."""
+    """Fills args.images and args.class_word if not given: the base's own, else the embedded base's."""
     if args.images is None:
         training = load_config(args.base).training
         if not training.images:

@@ -2,6 +2,7 @@
 
 Nothing to run here. A reader of the method may skip this page.
 """
+import os
 import re
 
 from model import TEXT_LENGTH, Tokenizer
@@ -31,17 +32,15 @@ def caption_file(picture):
     """NAME.jpg -> NAME.txt, or a file with one of the other names that captions commonly have."""
     names = [f"{stem}{ending}" for stem in (picture.stem, picture.name)
              for ending in (".txt", ".TXT", ".caption", ".CAPTION")]
-    present = {path.name for path in picture.parent.iterdir()}     # a name may be too long to ask for
-    return picture.with_name(next((name for name in names if name in present), names[0]))
+    existing = (name for name in names if os.path.exists(picture.with_name(name)))  # False if too long a name
+    return picture.with_name(next(existing, names[0]))
 
 
 def read_caption(picture):
     """The text beside a picture, on one line; empty if there is none. Raises BadInput if it is not UTF-8."""
     path = caption_file(picture)
     try:
-        return " ".join(path.read_text(encoding="utf-8-sig").split())
-    except FileNotFoundError:
-        return ""
+        return " ".join(path.read_text(encoding="utf-8-sig").split()) if os.path.exists(path) else ""
     except (ValueError, OSError) as error:
         raise BadInput(f"{path}: not a readable UTF-8 text file ({one_line(error)}); "
                        f"write the picture's caption there or delete it") from None
@@ -55,17 +54,14 @@ def subject_caption(picture, placeholder, class_word):
     path, caption = caption_file(picture), read_caption(picture)
     if not caption:
         return caption
-    tokenizer = Tokenizer([placeholder])
-    if not tokenizer.splitter.search(caption):
+    if not Tokenizer.splitter_at([placeholder]).search(caption):
         class_name = re.search(rf"(?<!\w){re.escape(class_word)}(?!\w)", caption, re.IGNORECASE)
         if not class_name:
             raise BadInput(f"{path}: has neither {placeholder} nor {class_word}; write {placeholder} where "
                            f"the caption names the subject")
         caption = f"{caption[:class_name.start()]}{placeholder} {caption[class_name.start():]}"
         warn(f"{path}: lacks {placeholder}; read as {caption!r}")
-    if tokenizer.ids[placeholder] not in tokenizer([caption]):
-        raise BadInput(f"{path}: {placeholder} comes after the {TEXT_LENGTH - 2} tokens that are read; "
-                       f"put it earlier")
+    tokens_of([caption], [placeholder], path)
     return caption
 
 
@@ -97,7 +93,7 @@ def pick_prompts(args, sampling, subjects):
                        f"train one again with another --placeholder")
     if args.prompts:
         prompts = read_prompts(args.prompts)
-    elif args.prompt:
+    elif args.prompt is not None:
         prompts = [args.prompt]
     elif subjects:
         prompts = [sampling.prompt_for(subjects)]
@@ -106,11 +102,11 @@ def pick_prompts(args, sampling, subjects):
     if not subjects:  # the base is asked for the class instead of the subject
         prompts = [without_placeholders(prompt, placeholders_like(prompt)) for prompt in prompts]
     source = f"--prompts {args.prompts}" if args.prompts else "--prompt"
-    return prompts, prompt_tokens(prompts, placeholders, source)
+    return prompts, tokens_of(prompts, placeholders, source)
 
 
-def prompt_tokens(prompts, placeholders, source):
-    """Prompts -> tokens (n, L). Warns of a prompt that is too long or names no subject.
+def tokens_of(prompts, placeholders, source):
+    """Prompts or captions -> tokens (n, L). Warns if one is too long or lacks a placeholder.
 
     Raises BadInput if a placeholder comes too late to be read.
     """
@@ -118,14 +114,11 @@ def prompt_tokens(prompts, placeholders, source):
     tokens = tokenizer(prompts)
     for prompt, row in zip(prompts, tokens):
         for word in placeholders:
+            if tokenizer.ids[word] not in row and word in tokenizer.splitter.findall(prompt):
+                raise BadInput(f"{source} {prompt!r}: {word} comes after the 75 tokens that are read; put it "
+                               f"earlier")
             if tokenizer.ids[word] not in row:
-                if tokenizer.splitter.search(prompt) and word in tokenizer.splitter.findall(prompt):
-                    raise BadInput(f"{source} {prompt!r}: {word} comes after the {TEXT_LENGTH - 2} tokens "
-                                   f"that are read; put it earlier")
                 warn(f"{source} {prompt!r}: {word} is not in it, so the video will hardly show that subject")
-        if row[-1] == tokenizer.bpe.eot_token_id:   # the row is full
-            dropped = tokenizer.encode(prompt)[TEXT_LENGTH - 2:]
-            if dropped:
-                warn(f"{source}: only {TEXT_LENGTH - 2} tokens are read; "
-                     f"dropped: {tokenizer.bpe.decode(dropped)!r}")
+        if row[-1] == tokenizer.bpe.eot_token_id and (dropped := tokenizer.encode(prompt)[TEXT_LENGTH - 2:]):
+            warn(f"{source}: only 75 tokens are read; dropped: {tokenizer.bpe.decode(dropped)!r}")
     return tokens

@@ -16,25 +16,25 @@ from PIL import Image, ImageDraw
 from support.cli import BadInput, atomic_write, one_line
 
 VIDEOS = {".mp4", ".webm", ".avi", ".mov", ".mkv"}
-# The colours that ffmpeg writes for RGB: BT.601's matrix, sRGB's curve. Without the tags, players guess others
-# at HD sizes. With `faststart`, a browser plays a video before it has loaded all of it.
+# The colours that ffmpeg writes for RGB: BT.601's matrix, sRGB's curve. Without the tags, players guess
+# others at HD sizes. With `faststart`, a browser plays a video before it has loaded all of it.
 FFMPEG_FLAGS = ["-color_range", "tv", "-colorspace", "smpte170m", "-movflags", "+faststart", "-x264-params",
                 "colorprim=bt709:transfer=iec61966-2-1:colormatrix=smpte170m"]
 
 
 def write_mp4(path, video, fps, quality):
-    """Video -> H.264. Raises BadInput if the file lacks a frame, because imageio hides a failure of ffmpeg."""
+    """Video -> H.264. Raises BadInput if a frame is missing, because imageio hides a failure of ffmpeg."""
     import imageio.v3 as iio
     try:
         # With a macro block of 1, imageio does not silently round the size up to a multiple of 16.
         iio.imwrite(path, video, plugin="FFMPEG", fps=fps, codec="libx264", quality=quality,
                     macro_block_size=1, output_params=FFMPEG_FLAGS)
-        complete = path.stat().st_size > 0 and len(read_video(path)) == len(video)
-    except (OSError, BadInput):
-        complete = False
-    if not complete:
-        raise BadInput(f"{path}: ffmpeg did not write all {len(video)} frames; make room, install an "
-                       f"ffmpeg with libx264, or pass --format gif")
+        written = len(iio.imread(path, plugin="FFMPEG")) if path.stat().st_size else 0
+    except OSError:
+        written = 0
+    if written < len(video):
+        raise BadInput(f"{path}: ffmpeg did not write all {len(video)} frames; make room, install an ffmpeg "
+                       f"with libx264, or pass --format gif")
 
 
 def write_gif(path, video, fps):
@@ -53,28 +53,13 @@ def write_gif(path, video, fps):
 def check_ffmpeg(flag, other_way):
     """ffmpeg is installed, and runs. Raises BadInput that names `flag`."""
     import imageio_ffmpeg
-    advice = "pip install imageio[ffmpeg]"
-    if os.environ.get("IMAGEIO_FFMPEG_EXE"):
-        advice = "unset IMAGEIO_FFMPEG_EXE"
+    advice = "unset" if os.environ.get("IMAGEIO_FFMPEG_EXE") else "pip install imageio[ffmpeg], or correct"
     try:
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-version"]
         subprocess.run(command, check=True, capture_output=True, timeout=60)
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-        raise BadInput(f"{flag}: needs ffmpeg, which does not run ({one_line(error)}); {advice}, "
-                       f"{other_way}") from None
-
-
-def read_video(path):
-    """mp4 or gif -> video. Raises BadInput."""
-    import imageio.v3 as iio
-    reader = {"plugin": "FFMPEG"} if path.suffix != ".gif" else {"plugin": "pillow", "mode": "RGB"}
-    try:
-        return iio.imread(path, **reader)
-    except Exception as error:  # imageio's plugins each raise their own
-        if path.suffix == ".mp4":
-            check_ffmpeg(path, "or move the mp4 away if its gif will do")
-        raise BadInput(f"{path}: not a readable video ({one_line(error)}); "
-                       f"delete its JSON and sample it again") from None
+        raise BadInput(f"{flag}: needs ffmpeg, which does not run ({one_line(error)}); {advice} "
+                       f"IMAGEIO_FFMPEG_EXE, {other_way}") from None
 
 
 def first_frames(path, num_frames):
@@ -101,14 +86,15 @@ def with_ending(path, ending):
 
 
 def free_path(folder, stem, settings, endings):
-    """FOLDER/STEM, or STEM-2 ..., for a video that is made by `settings`; None if it exists with all its files.
+    """FOLDER/STEM, or STEM-2 ..., for a video made by `settings`; None if it exists with all its files.
 
     Files of that name without a JSON are someone else's, and stay.
     """
     for number in count(1):
         path = folder / (stem if number == 1 else f"{stem}-{number}")
-        files, recorded = [with_ending(path, ending) for ending in endings], read_json(with_ending(path, ".json"))
-        if recorded is None and not any(file.exists() for file in [with_ending(path, ".json"), *files]):
+        files = [with_ending(path, ending) for ending in (".json", *endings)]
+        recorded = read_json(files[0])
+        if recorded is None and not any(file.exists() for file in files):
             return path
         if recorded and {key: recorded.get(key) for key in settings} == settings:
             return None if all(file.exists() for file in files) else path
@@ -123,35 +109,21 @@ def read_json(path):
         return None
 
 
-def write_json(path, content):
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
 def save_video(path, video, formats, fps, settings, pictures):
     """Writes path.mp4, .gif or .png, path-NAME.png of each picture, path.json with `settings` -> their paths.
 
-    The JSON comes last, so a video that has one is complete.
+    The JSON comes last, so a video that has one is complete. The gif comes first: it stays if ffmpeg fails.
     """
-    written = []
-
-    def file(ending):
-        written.append(with_ending(path, ending))
-        return atomic_write(written[-1])
-
-    for ending in sorted(formats):  # the gif first: it stays if ffmpeg fails
-        with file(f".{ending}") as temporary:
-            if ending == "mp4":
-                write_mp4(temporary, video, fps, quality=8)
-            elif ending == "gif":
-                write_gif(temporary, video, fps)
-            else:
-                Image.fromarray(np.concatenate(list(video), axis=1)).save(temporary)
-    for name, picture in pictures.items():
-        with file(f"-{name}.png") as temporary:
-            picture.save(temporary)
-    write_json(with_ending(path, ".json"), settings)
-    return [*written, with_ending(path, ".json")]
+    writers = {"gif": lambda file: write_gif(file, video, fps),
+               "mp4": lambda file: write_mp4(file, video, fps, quality=8),
+               "png": lambda file: Image.fromarray(np.concatenate(list(video), axis=1)).save(file)}
+    jobs = {f".{ending}": writers[ending] for ending in sorted(formats)}
+    jobs |= {f"-{name}.png": picture.save for name, picture in pictures.items()}
+    jobs[".json"] = lambda file: file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    for ending, write in jobs.items():
+        with atomic_write(with_ending(path, ending)) as temporary:
+            write(temporary)
+    return [with_ending(path, ending) for ending in jobs]
 
 
 # ------------------------------------------------------------------------------------------------------------

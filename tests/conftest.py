@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from makers import write_base
-from support.files import load_base  # makers.py put the repository's root on the path
+from support.cli import run_script  # makers.py put the repository's root on the path
+from support.files import load_base
 
 
 def pytest_configure(config):
@@ -23,6 +24,16 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", f"ignore::{category}")
     # `fork` in makers.py, on Python 3.12.
     config.addinivalue_line("filterwarnings", "ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+def pytest_collection_modifyitems(items):
+    """The paper's equations come first, then parity with the reference, the promises, and the rest."""
+    first = ("test_paper", "test_parity", "test_promise")
+
+    def place(item):
+        return next((i for i, name in enumerate(first) if item.path.name.startswith(name)), len(first))
+
+    items.sort(key=place)   # a stable sort, so each file keeps its own order
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +55,23 @@ def photos_folder(tmp_path_factory):
         Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     (folder / "1.txt").write_text("V* on a table\n")
     return folder
+
+
+@pytest.fixture()
+def call(monkeypatch, tmp_path, capsys):
+    """Runs a script's main() in this process, in tmp_path -> what it wrote to stdout and stderr.
+
+    With `code`, the script has to end with that exit code.
+    """
+    def call(script, *flags, code=0):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, flags)])
+        capsys.readouterr()
+        if code:
+            with pytest.raises(SystemExit) as end:
+                run_script(script.main)
+            assert end.value.code == code
+        else:
+            script.main()
+        return capsys.readouterr()
+    return call

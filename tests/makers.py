@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 import zlib
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,7 @@ from model import TextConfig, UNetConfig, VAEConfig  # noqa: E402
 
 
 def write_base(folder, seed=0, vae_levels=4):
-    """A base folder with random weights, none of them zero, in which everything is small.
+    """A base folder with random weights, in which everything is small and no network starts at zero.
 
     Latents are 2 ** (vae_levels - 1) times smaller than pixels.
     """
@@ -41,7 +43,7 @@ def write_base(folder, seed=0, vae_levels=4):
         unet=UNetConfig(channels=16, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2),
                         head_channels=8, context_dim=32, norm_groups=4),
         sampling=SamplingDefaults(frames=3, height=32, width=48, fps=8, steps=4, K=2),
-        training=TrainingDefaults(rank=2, lr=1e-3, steps=4, num_prior=2))
+        training=TrainingDefaults(rank=2, lr=1e-3, scale_lr=False, frames=3, steps=4, num_prior=2))
     states = {}
     for part in PARTS:
         network = build_part(part, config)
@@ -87,6 +89,7 @@ SMALL = {"text": TextConfig(width=64, heads=4, layers=2),
                             head_channels=16, context_dim=64)}
 
 
+@cache
 def golden_weight(key, shape):
     """The weight that the golden numbers were computed with; the formula is the reference's own."""
     w = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
@@ -103,7 +106,7 @@ def golden_state():
     """Official name -> weight, of the networks in SMALL."""
     state = {}
     for part in json.loads((GOLDEN / "reference.json").read_text()).values():
-        state |= {key: golden_weight(key, shape) for key, shape in part["shapes"].items()}
+        state |= {key: golden_weight(key, tuple(shape)).clone() for key, shape in part["shapes"].items()}
     return state
 
 
@@ -119,7 +122,7 @@ class Bomb:
 
 
 def fork(main, argv, cwd, before=None, output="output"):
-    """Runs a script's main() in a child, which spares the start-up -> its pid. It writes to cwd/output."""
+    """Runs a script's main() in a child, without a new Python -> its pid. It writes to cwd/output."""
     pid = os.fork()
     if pid:
         return pid
@@ -138,6 +141,8 @@ def fork(main, argv, cwd, before=None, output="output"):
         code = 0
     except SystemExit as end:
         code = end.code or 0
+    except Exception:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -150,7 +155,7 @@ def wait(pid):
 
 
 def ended(pid):
-    """Whether a child has ended. `wait` still tells how."""
+    """Whether a child has ended. `wait` still returns its exit code."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 

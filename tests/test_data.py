@@ -4,10 +4,10 @@ import pytest
 import torch
 from PIL import Image
 
-from cli import BadInput
-from data import crop, load_photos, load_picture, noise_sample, prior_sample, subject_sample
-from paper.baselines import CustomDiffusion
-from texts import check_placeholder
+from data import Samples, crop, load_photos, load_picture, noise_sample
+from model import Tokenizer
+from support.cli import BadInput
+from support.config import SamplingDefaults, TrainingDefaults
 
 
 def gradient(w=60, h=40):
@@ -67,69 +67,95 @@ def test_random_crops_are_light():
     assert max(unmirrored) < 0.15 and min(unmirrored) > 0
     mirrored = sum(((f.flip(2) - plain).abs().mean() < (f - plain).abs().mean()).item() for f in frames)
     assert 8 < mirrored < 32
+    for i in range(40):
+        frame = crop(image, 32, 48, np.random.default_rng(i), flip=False)
+        assert (frame.flip(2) - plain).abs().mean() > (frame - plain).abs().mean()
 
 
-def test_samples_follow_from_their_number(photos_folder):
-    photos = load_photos(photos_folder, 64)
-    assert len(photos) == 3
-    sample = lambda i, seed=0: subject_sample(photos, i, seed, 32, 48, 8, "V* dog")
-    for i in range(6):
-        (a, text, weight), (b, again, _) = sample(i), sample(i)
-        assert torch.equal(a, b) and text == again and "V*" in text
-        assert torch.equal(weight, torch.ones(4, 6))
-    assert not torch.equal(sample(0)[0], sample(0, seed=1)[0])
-    captions = [sample(i)[1] for i in range(30)]
+# ------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+@pytest.fixture()
+def samples(photos_folder):
+    """Makes the Samples of three photos and five prior clips. All values of clip k and of its context are k.
+
+    Those of the empty caption's context are -1.
+    """
+    def samples(seed=0, dropout=0.0):
+        of_clips = torch.arange(5.0)
+        z = of_clips.view(5, 1, 1, 1, 1).expand(5, 4, 1, 4, 6)
+        prior = z, of_clips.view(5, 1, 1).expand(5, 77, 32), torch.full((77, 32), -1.0)
+        return Samples(load_photos(photos_folder, 32, 48, "V*", "dog"), "V*", "dog", prior, seed,
+                       TrainingDefaults(caption_dropout=dropout), SamplingDefaults(height=32, width=48),
+                       factor=8)
+    return samples
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_samples_follow_from_their_number(samples):
+    """The same on any number of processes, whichever samples came before."""
+    four, again = samples().batch(range(4)), samples()
+    assert equal(again.batch([2, 3]), [x[2:] for x in four])
+    assert equal(again.batch([0, 1]), [x[:2] for x in four])
+    assert not any(torch.equal(a, b) for a, b in zip(four, samples(seed=1).batch(range(4))))
+
+    captions = [again.subject_sample(i)[1] for i in range(30)]
     assert captions.count("V* on a table") == 10  # every photo once per epoch; its own caption is used
     assert all("V* dog" in c for c in captions if c != "V* on a table") and len(set(captions)) > 2
 
 
-def test_noise_and_prior_follow_from_the_samples_number():
-    (t, eps), (t2, eps2) = noise_sample(5, 0, (4, 3, 4, 6), 1000), noise_sample(5, 0, (4, 3, 4, 6), 1000)
+def test_noise_and_prior_follow_from_the_samples_number(samples):
+    (t, eps), (t2, eps2) = noise_sample(5, 0, (4, 3, 4, 6)), noise_sample(5, 0, (4, 3, 4, 6))
     assert t == t2 and torch.equal(eps, eps2)
-    levels = [noise_sample(i, 0, (1,), 1000)[0] for i in range(400)]
+    levels = [noise_sample(i, 0, (1,))[0] for i in range(400)]
     assert min(levels) < 30 and max(levels) > 970 and 450 < np.mean(levels) < 550
-    pictures = [prior_sample(5, i, 0) for i in range(100)]
-    assert pictures == [prior_sample(5, i, 0) for i in range(100)] and set(pictures) == {0, 1, 2, 3, 4}
+
+    _, _, t, eps, z_0, context, prior_t, prior_eps = samples().batch(range(100))
+    assert set(z_0.flatten().tolist()) == {0, 1, 2, 3, 4}
+    assert torch.equal(context[:, 0, 0], z_0[:, 0, 0, 0, 0])                # a clip with its own caption
+    noises = torch.cat([eps, prior_eps])
+    assert len(torch.unique(noises.flatten(1), dim=0)) == 200               # no noise comes twice
+    assert abs(torch.corrcoef(torch.stack([t, prior_t]).float())[0, 1]) < 0.3
 
 
-def test_custom_diffusions_rescaling(photos_folder):
-    """Words, grey border and loss weight belong together, in the proportions that its authors give."""
-    photos, beginnings = load_photos(photos_folder, 128)[:1], []
-    make_sample = CustomDiffusion.make_sample
-    for i in range(300):
-        frame, caption, weight = subject_sample(photos, i, 0, 128, 192, 8, "V* dog", make_sample)
-        assert caption.endswith("photo of a V* dog") and frame.shape == (3, 128, 192)
-        beginnings.append(caption.removesuffix("photo of a V* dog").strip())
-        assert weight.mean().item() == pytest.approx(1, abs=1e-5)
-        # (16, 24), 0 where a latent's 8x8 pixels are all grey
-        cells = frame.unfold(1, 8, 8).unfold(2, 8, 8).abs().amax(dim=(0, 3, 4))
-        if beginnings[-1] in ("a far away", "very small"):
-            assert (cells[weight > 0] > 0).all() and 0 < (weight > 0).sum() < (cells > 0).sum() < 16 * 24
-        else:
-            assert torch.equal(weight, torch.ones(16, 24)) and (cells > 0).all()
-    share = lambda *words: sum(beginning in words for beginning in beginnings) / len(beginnings)
-    assert share("a far away", "very small") == pytest.approx(2 / 3 * 0.4, abs=0.08)
-    assert share("zoomed in", "close up") == pytest.approx(1 / 3, abs=0.08) and len(set(beginnings)) == 5
+def test_caption_dropout(samples):
+    """The given share of captions is empty, of subject and prior independently; nothing else changes."""
+    numbers = range(1000)
+    with_all, dropped = samples(), samples(dropout=0.3)
+    _, tokens, *_, context, _, _ = batch = dropped.batch(numbers)
+    empty, = Tokenizer()([""])
+    subject, prior = (tokens == empty).all(dim=1), (context == -1).flatten(1).all(dim=1)
+    for share, expected in ((subject, 0.3), (prior, 0.3), (subject & prior, 0.09)):
+        assert share.float().mean().item() == pytest.approx(expected, abs=0.04)
+    assert equal(dropped.batch(numbers[500:510]), [x[500:510] for x in batch])
+
+    _, all_tokens, *_, all_context, _, _ = all_captions = with_all.batch(numbers)
+    assert torch.equal(tokens[~subject], all_tokens[~subject]) and not (all_tokens == empty).all(dim=1).any()
+    assert torch.equal(context[~prior], all_context[~prior]) and (all_context >= 0).all()
+    for i in (0, 2, 3, 4, 6, 7):    # images, noise and the prior's clips
+        assert torch.equal(batch[i], all_captions[i])
 
 
-def test_bad_folders_are_refused_and_bad_files_left_out(tmp_path, capsys):
+# ------------------------------------------------------------------------------------------------------------
+# Refusals
+
+
+def test_bad_folders_are_refused_and_bad_files_skipped(tmp_path, capsys):
     with pytest.raises(BadInput, match="no such folder"):
-        load_photos(tmp_path / "nowhere", 64)
+        load_photos(tmp_path / "nowhere", 32, 48, "V*", "dog")
     (tmp_path / "broken.jpg").write_bytes(b"not a picture")
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(BadInput, match="no readable file"):
-        load_photos(tmp_path, 64)
+        load_photos(tmp_path, 32, 48, "V*", "dog")
     Image.fromarray(gradient()).save(tmp_path / "good.png")
     capsys.readouterr()
-    photo, = load_photos(tmp_path, 64)
+    photo, = load_photos(tmp_path, 32, 48, "V*", "dog")
     assert np.array_equal(photo.image, gradient())
     assert "broken.jpg" in capsys.readouterr().err
     (tmp_path / "good.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BadInput, match="good.txt"):
-        load_photos(tmp_path, 64)
-
-
-@pytest.mark.parametrize("placeholder", ["", "dog", "V *", "x" * 40])
-def test_placeholders_that_cannot_work_are_refused(placeholder):
-    with pytest.raises(BadInput, match="--placeholder"):
-        check_placeholder(placeholder)
+        load_photos(tmp_path, 32, 48, "V*", "dog")

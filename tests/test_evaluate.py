@@ -1,10 +1,14 @@
-"""The metrics against NumPy, with small random towers; what each must not see; the table of folders."""
-import csv
+"""The metrics against NumPy, with small random towers; what each must not see; the table; the protocol."""
 import json
 import os
+import re
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 import open_clip
 import pytest
@@ -13,12 +17,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from cli import BadInput
-from makers import fork_ranks, run, wait
-from paper import evaluate
-from paper.evaluate import Tower, consistency, cosines, load_dino, motion
+from makers import ROOT, Bomb, run
+from paper import baselines, evaluate
+from paper.evaluate import Tower, consistency, cosines, load_clip, load_dino, motion
+from support.cli import BadInput
+from support.video import save_video
 from toy.world import draw_clip, random_scene
-from video import read_video, save_video
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
@@ -113,98 +117,171 @@ def write_videos(folder, subjects, clips):
     folder.mkdir()
     prompt = "a V* star moving left" if subjects else "a star moving left"
     for seed, video in clips.items():
-        facts = {"prompt": prompt, "seed": seed, "subjects": subjects}
-        save_video(folder / f"star-{seed}", video, ["mp4"], 8, facts, {})
+        job = {"prompt": prompt, "seed": seed, "subjects": subjects, "frames": len(video)}
+        save_video(folder / f"star-{seed}", video, ["mp4"], 8, job, {})
     return folder
 
 
-def main_with_small_towers():
-    evaluate.load_clip = evaluate.load_dino = small_tower
-    sys.stderr = open(os.devnull, "w")  # no progress bar among the lines
-    evaluate.main()
+@pytest.fixture()
+def evaluated(photos_folder, monkeypatch):
+    """Runs evaluate.py with small towers -> evaluation.json's content."""
+    def evaluated(out, *flags):
+        monkeypatch.setattr(evaluate, "load_clip", small_tower)
+        monkeypatch.setattr(evaluate, "load_dino", small_tower)
+        argv = ["evaluate.py", *flags, "--images", photos_folder, "--out", out]
+        monkeypatch.setattr("sys.argv", list(map(str, argv)))
+        evaluate.main()
+        text = (out / "evaluation.json").read_text()
+        return json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    return evaluated
 
 
-def printed_table(processes, flags, cwd):
-    """evaluate.py on so many processes -> the lines of its table."""
-    pids = fork_ranks(processes, main_with_small_towers, ["evaluate.py", *flags], cwd)
-    assert [wait(pid) for pid in pids] == processes * [0]
-    return [line for line in (cwd / "output").read_text().splitlines() if line.startswith("|")]
-
-
-def test_the_table_of_two_folders(clip, photos_folder, tmp_path):
-    """A moving folder and a frozen one, the base beside them. Two processes find what one process does."""
+def test_the_table_of_two_folders(clip, tmp_path, evaluated, capsys):
+    """A moving folder and a frozen one, with the base beside them."""
     subjects = [{"placeholder": "V*", "class_word": "star"}]
     moving = write_videos(tmp_path / "moving", subjects, {0: clip, 1: clip[::-1]})
     frozen = write_videos(tmp_path / "frozen", subjects, {0: clip[[0] * 8], 5: clip[[7] * 8]})
     base = write_videos(tmp_path / "base", [], {0: clip})
     (moving / "strange.json").write_text("[]")
-    out = tmp_path / "out"
-    flags = ["--videos", moving, frozen, "--images", photos_folder, "--base_videos", base, "--out", out]
-    table = printed_table(1, flags, tmp_path)
-    alone = (out / "evaluation.json").read_bytes()
-    assert printed_table(2, flags, tmp_path) == table
-    assert (out / "evaluation.json").read_bytes() == alone
+    content = evaluated(tmp_path / "out", "--videos", frozen, moving, "--base_videos", base)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("on cpu in float32")
+    table = [line for line in lines if line.startswith("|")]
     assert len(table) == 4 and str(frozen) in table[2] and str(moving) in table[3]
 
-    report = json.loads(alone)
-    rows = {(row["folder"], row["seed"]): row for row in report["videos"]}
+    rows = {(row["folder"], row["seed"]): row for row in content["videos"]}
     assert sorted(rows) == [(str(frozen), 0), (str(frozen), 5), (str(moving), 0), (str(moving), 1)]
     assert all(row["text"] == "a star moving left" for row in rows.values())
     of_frozen, of_moving = rows[str(frozen), 0], rows[str(moving), 0]
     assert of_frozen["T.Cons"] == pytest.approx(1, abs=1e-3) and of_frozen["motion"] == 0
-    seen = motion(read_video(moving / "star-0.mp4"))
+    seen = motion(iio.imread(moving / "star-0.mp4", plugin="FFMPEG"))
     assert of_moving["motion"] == seen > 1
     assert of_moving["motion of base"] == pytest.approx(seen)
     assert rows[str(frozen), 5]["motion of base"] is None
     both = [rows[str(moving), seed]["CLIP-I"] for seed in (0, 1)]
-    assert report["folders"][str(moving)]["CLIP-I"][0] == pytest.approx(np.mean(both))
-    with open(out / "evaluation.csv", newline="") as f:
-        in_csv = [float(row["CLIP-T"]) for row in csv.DictReader(f)]
-    assert in_csv == [row["CLIP-T"] for row in report["videos"]]
+    assert content["folders"][str(moving)]["CLIP-I"][0] == pytest.approx(np.mean(both))
 
 
-def test_dino_weights_by_their_real_names(tmp_path):
-    """A file with the hub's names and shapes is taken. A file with a tensor missing is refused."""
+def test_one_frame_has_no_motion_and_no_consistency(clip, tmp_path, evaluated):
+    """Their cells stay empty, the report is plain JSON, and a folder that is given twice counts once."""
+    videos = write_videos(tmp_path / "v", [], {0: clip[:1], 1: clip})
+    content = evaluated(videos, "--videos", videos, videos)
+    still, moving = content["videos"]
+    assert still["T.Cons"] is None and still["motion"] is None and moving["motion"] > 1
+    counts = {metric: numbers[2] for metric, numbers in content["folders"][str(videos)].items()}
+    assert counts["T.Cons"] == 1 and counts["CLIP-T"] == 2
+
+
+def test_videos_that_cannot_be_measured(clip, tmp_path, evaluated, capsys):
+    """One of --compare is skipped with a warning. One that was cut short is reported in one line."""
+    videos = write_videos(tmp_path / "v", [], {0: clip, 1: clip})
+    job = json.loads((videos / "star-1.json").read_text())
+    (videos / "star-1.json").write_text(json.dumps(job | {"compare": True}))
+    assert [row["video"] for row in evaluated(tmp_path, "--videos", videos)["videos"]] == ["star-0.mp4"]
+    assert "star-1.json: shows several videos side by side" in capsys.readouterr().err
+    save_video(videos / "star-0", clip[:5], ["mp4"], 8, job | {"seed": 0}, {})
+    with pytest.raises(BadInput, match="star-0.mp4: not a readable video .it has 5 of 8 frames"):
+        evaluated(tmp_path, "--videos", videos)
+    (videos / "star-0.mp4").write_bytes((videos / "star-0.mp4").read_bytes()[:400])
+    with pytest.raises(BadInput, match="star-0.mp4: not a readable video"):
+        evaluated(tmp_path, "--videos", videos)
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory):
+    """Files with the names and shapes of the real weights of CLIP and DINO, and random values."""
+    folder = tmp_path_factory.mktemp("towers")
+    with torch.device("meta"):
+        clip = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32-quickgelu"))
+        dino = timm.create_model("vit_small_patch16_224", num_classes=0)
     torch.manual_seed(0)
-    state = timm.create_model("vit_small_patch16_224", num_classes=0).state_dict()
+    for name, model in (("clip", clip), ("dino", dino)):
+        state = {key: (0.02 * torch.randn(x.shape)).half() for key, x in model.state_dict().items()}
+        save_file(state, folder / f"{name}.safetensors")
+    return folder
+
+
+def test_weights_by_their_real_names(towers, tmp_path):
+    """A file with the hub's names and shapes is taken. Others are refused in one line, and none is run."""
+    dino = load_dino(towers / "dino.safetensors", "cpu")
+    state = dino.model.state_dict()
     assert len(state) == 150 and state["patch_embed.proj.weight"].shape == (384, 3, 16, 16)
-    save_file(state, tmp_path / "model.safetensors")
-    dino = load_dino(tmp_path / "model.safetensors", "cpu")
-    assert torch.equal(dino.model.blocks[11].mlp.fc2.weight, state["blocks.11.mlp.fc2.weight"])
+    assert state["norm.bias"].abs().sum() > 0 and state["norm.bias"].dtype == torch.float32
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
     assert dino.images([picture]).norm(dim=1).item() == pytest.approx(1, abs=1e-5)
     del state["norm.bias"]
     save_file(state, tmp_path / "short.safetensors")
-    with pytest.raises(BadInput, match="short.safetensors.*norm.bias"):
-        load_dino(tmp_path / "short.safetensors", "cpu")
+    torch.save(Bomb(), tmp_path / "bomb.pt")
+    (tmp_path / "empty.safetensors").touch()
+    for file, reason in (("short.safetensors", ".*norm.bias"), ("bomb.pt", ""), ("empty.safetensors", ""),
+                         ("missing.pt", "")):
+        with pytest.raises(BadInput, match=f"--dino .*{file}: not the weights{reason}") as error:
+            load_dino(tmp_path / file, "cpu")
+        assert "\n" not in str(error.value)
+    assert not Path("exploded").exists()
+    with pytest.raises(BadInput, match="--clip .*dino.safetensors: not the weights of this model"):
+        load_clip(towers / "dino.safetensors", "cpu")
 
 
 def test_refusals(tmp_path, photos_folder, clip, monkeypatch):
     videos = write_videos(tmp_path / "v", [], {0: clip})
     refusals = [
-        (["--videos", tmp_path / "none"], "none: no such folder"),
-        (["--videos", tmp_path], "no video with its JSON"),
-        (["--videos", videos, "--clip", tmp_path / "x.pt"], "--clip .*x.pt: not readable")]
-    for flags, says in refusals:
+        (["--videos", tmp_path / "none"], "none: has no video"),
+        (["--videos", videos, tmp_path], "has no video with its JSON"),
+        (["--videos", videos, "--clip", tmp_path / "x.pt"], "--clip .*x.pt: not the weights")]
+    for flags, reason in refusals:
         argv = ["evaluate.py", *flags, "--images", photos_folder]
         monkeypatch.setattr("sys.argv", list(map(str, argv)))
-        with pytest.raises(BadInput, match=says):
+        with pytest.raises(BadInput, match=reason):
             evaluate.main()
     done = run("paper/evaluate.py", "--videos", videos, "--images", tmp_path / "none", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--images" in done.stderr, done.stderr
 
 
-def test_one_frame_has_no_motion_and_no_consistency(tower, clip, tmp_path, photos_folder, monkeypatch):
-    """Their cells stay empty, the report is plain JSON, and a folder that is given twice counts once."""
-    videos = write_videos(tmp_path / "v", [], {0: clip[:1], 1: clip})
-    monkeypatch.setattr(evaluate, "load_clip", small_tower)
-    monkeypatch.setattr(evaluate, "load_dino", small_tower)
-    flags = ["--videos", videos, videos, "--images", photos_folder]
-    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, flags)])
-    evaluate.main()
-    text = (videos / "evaluation.json").read_text()
-    report = json.loads(text, parse_constant=lambda name: pytest.fail(name))
-    still, moving = report["videos"]
-    assert still["T.Cons"] is None and still["motion"] is None and moving["motion"] > 1
-    counts = {metric: numbers[2] for metric, numbers in report["folders"][str(videos)].items()}
-    assert counts["T.Cons"] == 1 and counts["CLIP-T"] == 2
+# ------------------------------------------------------------------------------------------------------------
+# The protocol in paper/README.md
+
+
+def test_prompts_of_the_protocol():
+    for name in ("animals", "objects"):
+        lines = (ROOT / "paper" / "prompts" / f"{name}.txt").read_text().splitlines()
+        prompts = [line for line in lines if not line.startswith("#")]
+        assert len(prompts) == 10 and all("a V* {class word} " in prompt for prompt in prompts)
+
+
+def test_the_protocol(base_folder, photos_folder, towers, tmp_path, monkeypatch):
+    """Its block of shell, on two prompts: one training is continued, one is new, one has been finished."""
+    monkeypatch.chdir(tmp_path)
+    for path in ROOT.iterdir():
+        if path.suffix == ".py" or path.name in ("support", "toy"):
+            (tmp_path / path.name).symlink_to(path)
+    shutil.copytree(ROOT / "paper", tmp_path / "paper")
+    animals = tmp_path / "paper" / "prompts" / "animals.txt"
+    animals.write_text("".join(animals.read_text().splitlines(keepends=True)[:3]))
+    name = "pet_dog 1 \N{SNOWMAN}"
+    photos = shutil.copytree(photos_folder, tmp_path / "photos" / name)
+    (photos / "CLASS").write_text("dog\n")
+
+    begun = ["dreamvideo", "--base", base_folder, "--images", photos, "--class_word", "dog", "--steps", 1,
+             "--word_steps", 1, "--out", f"runs/paper/{name} dreamvideo"]
+    monkeypatch.setattr("sys.argv", ["baselines.py", *map(str, begun)])
+    baselines.main()
+    readme = (ROOT / "paper" / "README.md").read_text()
+    block = re.search(r"## Protocol\n+```sh\n(.*?)```", readme, re.DOTALL)[1]
+    script = re.sub(r"^[A-Z_]+=.*\n", "", block, flags=re.MULTILINE)
+    variables = {"BASE": base_folder, "STEPS": 2, "PHOTOS": "photos", "TRAIN": "python",
+                 "METHODS": "dreamvideo constant dreamvideo", "DREAMVIDEO": "--steps 2 --word_steps 1",
+                 "TOWERS": f"--clip {towers / 'clip.safetensors'} --dino {towers / 'dino.safetensors'}",
+                 "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": 1}
+    environment = os.environ | {name: str(value) for name, value in variables.items()}
+    done = subprocess.run(["bash", "-c", script], env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+    for method in ("dreamvideo", "customcrafter"):
+        assert len(Path(f"runs/paper/{name} {method}/log.jsonl").read_text().splitlines()) == 2
+    assert done.stdout.count("wrote nothing") == 1
+    content = json.loads(Path(f"outputs/paper/{name}/evaluation.json").read_text())
+    rows = {(Path(row["folder"]).name, row["text"]): row for row in content["videos"]}
+    texts = "a dog running across a meadow", "a dog swimming in a lake"
+    assert set(rows) == {(method, text) for method in ("dreamvideo", "constant") for text in texts}
+    assert all(row["subjects"] == "dog" and -1 < row["CLIP-T"] < 1 for row in rows.values())

@@ -2,6 +2,7 @@
 
 `base` is a tiny base with random weights: 3 frames of 32x48 pixels, latents (B, 4, 3, 4, 6), text width 32.
 """
+import pytest
 import torch
 
 import train
@@ -11,6 +12,7 @@ from makers import random_subject
 from model import (NoiseSchedule, ScheduleConfig, SpatialTransformer, TemporalTransformer, Tokenizer, UNet,
                    UNetConfig)
 from sample import ddim, ddim_steps, two_step_schedule
+from support.config import BaseConfig, loss_weights
 from train import SubjectLoss
 
 FPS = torch.tensor([8, 8])
@@ -18,22 +20,23 @@ LEVELS = torch.tensor([10, 800])    # a low and a high noise level
 
 
 def small_batch():
-    """Two photos, their captions, the weight of every place, two noise levels, and the noise."""
+    """Two photos, their captions, two noise levels, and the noise."""
     torch.manual_seed(0)
-    photos = 2 * torch.rand(2, 3, 32, 48) - 1
+    images = 2 * torch.rand(2, 3, 32, 48) - 1
     tokens = Tokenizer(["V*"])(["a V* dog", "a photo of a V* dog"])
-    return photos, tokens, torch.ones(2, 4, 6), LEVELS, torch.randn(2, 4, 3, 4, 6)
+    return images, tokens, LEVELS, torch.randn(2, 4, 3, 4, 6)
 
 
-def small_prior():
-    """The same number of clips of the class, as latents, and what the text tower makes of their captions."""
+def small_prior(num_frames=3):
+    """Two clips of the class as latents, their captions as context, noise levels, and the noise."""
     torch.manual_seed(1)
-    return torch.randn(2, 4, 3, 4, 6), torch.randn(2, 77, 32)
+    z_0, eps = torch.randn(2, 2, 4, num_frames, 4, 6)
+    return z_0, torch.randn(2, 77, 32), torch.tensor([300, 600]), eps
 
 
 def new_loss(base):
     layers = add_lora(base.unet, rank=2)
-    return SubjectLoss(base, class_embedding(base.text_encoder, "dog"), layers, frames=3, fps=8)
+    return SubjectLoss(base, class_embedding(base.text_encoder, "dog"), layers, num_frames=3, fps=8)
 
 
 def add_noise(base, z_0, t, eps):
@@ -49,11 +52,11 @@ def add_noise(base, z_0, t, eps):
 @torch.no_grad()
 def test_eq_1_the_unet_predicts_the_noise(base):
     """Eq. 1: the mean of (eps - eps_theta(z_t, t, c))^2. z_t is a still video with noise eps of level t."""
-    photos, tokens, weight, t, eps = small_batch()
+    images, tokens, t, eps = small_batch()
     loss = new_loss(base)
-    subject_loss, prior_loss = loss(photos, tokens, weight, t, eps)
+    subject_loss, prior_loss = loss(images, tokens, t, eps)
 
-    z = base.vae.encode(photos)                                             # (2, 4, 4, 6)
+    z = base.vae.encode(images)                                             # (2, 4, 4, 6)
     z_0 = torch.stack([z, z, z], dim=2)                                     # (2, 4, 3, 4, 6)
     c = base.text_encoder(tokens, loss.v_star)
     predicted = base.unet(add_noise(base, z_0, t, eps), t, FPS, c)
@@ -62,33 +65,33 @@ def test_eq_1_the_unet_predicts_the_noise(base):
 
 
 @torch.no_grad()
-def test_a_base_keeps_the_loss_weights_that_it_was_trained_with(base, monkeypatch):
-    """VideoCrafter2's are 1. With `latent_std` they turn the error of eps into that of v-prediction.
+def test_w_of_t_is_the_weight_that_the_base_was_trained_with(base):
+    """VideoCrafter2's w(t) is 1. With `latent_std` it turns the error of eps into that of v-prediction.
 
     v = a eps - b z_0, where z_t = a z_0 + b eps for z_0 of variance 1 and a^2 + b^2 = 1.
     """
-    assert torch.equal(NoiseSchedule(ScheduleConfig()).loss_weight, torch.ones(1000))
+    schedule = NoiseSchedule(ScheduleConfig())
+    assert torch.equal(loss_weights(BaseConfig(), schedule), torch.ones(1000))
 
-    schedule = NoiseSchedule(ScheduleConfig(latent_std=3))
-    photos, tokens, weight, t, eps = small_batch()
+    images, tokens, t, eps = small_batch()
+    w = loss_weights(BaseConfig(latent_std=3), schedule)
     signal, noise = schedule.alpha_bar[t] ** 0.5 * schedule.scale[t] * 3, (1 - schedule.alpha_bar[t]) ** 0.5
     a, b = (x / (signal ** 2 + noise ** 2) ** 0.5 for x in (signal, noise))
-    z_0, wrong = torch.tensor(0.7), torch.tensor(0.1)  # a latent, and the error of the predicted noise
+    z_0, wrong = torch.tensor(0.7), torch.tensor(0.1)       # a latent, and the error of the predicted noise
     z_t = a * z_0 + b * eps[:, 0, 0, 0, 0]
-    found_z_0 = (z_t - b * (eps[:, 0, 0, 0, 0] + wrong)) / a
-    error_of_v = (a * wrong - b * (found_z_0 - z_0)) ** 2
-    assert torch.allclose(schedule.loss_weight[t] * wrong ** 2, error_of_v, rtol=1e-3)
-    assert NoiseSchedule(ScheduleConfig(latent_std=1)).loss_weight.max() == 100     # bounded
+    predicted_z_0 = (z_t - b * (eps[:, 0, 0, 0, 0] + wrong)) / a
+    error_of_v = (a * wrong - b * (predicted_z_0 - z_0)) ** 2
+    assert torch.allclose(w[t] * wrong ** 2, error_of_v, rtol=1e-3)
+    assert loss_weights(BaseConfig(latent_std=1), schedule).max() == 100        # bounded
 
-    loss, weights, (prior_z, prior_context) = new_loss(base), schedule.loss_weight[t], small_prior()
-    each = []   # (Eq. 1, Eq. 3) of a subject clip and a prior clip at one level, with weights of 1
+    loss, (prior_z_0, prior_context, *_) = new_loss(base), small_prior()
+    prior = prior_z_0, prior_context, t, eps
+    each = []   # Eq. 1 and Eq. 3 of one subject clip and one prior clip at one noise level, with w(t) = 1
     for i in range(2):
-        each.append(torch.stack(loss(photos[[i]], tokens[[i]], weight[[i]], t[[i, i]], eps[[i, i]],
-                                     prior_z[[i]], prior_context[[i]])))
-    monkeypatch.setattr(base, "schedule", schedule)
-    weighted = torch.stack(loss(photos, tokens, weight, torch.cat([t, t]), torch.cat([eps, eps]),
-                                prior_z, prior_context))
-    assert torch.allclose(weighted, (weights[0] * each[0] + weights[1] * each[1]) / 2)
+        each.append(torch.stack(loss(*(x[[i]] for x in (images, tokens, t, eps, *prior)))))
+    loss.w = w
+    weighted = torch.stack(loss(images, tokens, t, eps, *prior))
+    assert torch.allclose(weighted, (w[t[0]] * each[0] + w[t[1]] * each[1]) / 2)
 
 
 def test_each_photo_is_repeated_into_a_still_video():
@@ -109,7 +112,7 @@ def test_v_star_starts_from_the_class_word(base):
 
 
 def test_eq_2_the_update_beside_the_weight():
-    """Eq. 2 in training: (W_0 + lambda B A) x, with B zero at the start, so that step 0 computes the base."""
+    """Eq. 2 in training: (W_0 + lambda B A) x. B is zero at the start, so that step 0 computes the base."""
     linear, x = torch.nn.Linear(6, 5, bias=False), torch.randn(3, 6)
     layer = LoRALinear(linear, rank=2)
     assert torch.equal(layer(x), linear(x))
@@ -120,13 +123,23 @@ def test_eq_2_the_update_beside_the_weight():
         assert torch.allclose(layer(x), x @ (W_0 + lam * B @ A).T, atol=1e-6)
 
 
+@pytest.mark.parametrize("rank", [4, 32])
+def test_A_starts_gaussian(rank):
+    """Its standard deviation is 1 / sqrt(C_in), because the paper does not name one."""
+    torch.manual_seed(0)
+    A = LoRALinear(torch.nn.Linear(1024, 8), rank).lora_A.detach()
+    assert A.shape == (rank, 1024)
+    assert A.std().item() == pytest.approx(1 / 32, rel=0.05) and A.mean().abs() < 0.1 / 32
+    assert (A.abs() < 1 / 32).float().mean().item() == pytest.approx(0.683, abs=0.03)      # within one sigma
+
+
 def test_eq_2_the_update_in_the_weight(base):
     """Eq. 2 in sampling: W = W_0 + lambda B A, and lambda = 0 gives W_0 back bit for bit."""
     subject = random_subject(base)
-    name, (A, B) = next(iter(subject.updates.items()))
+    name, (A, B) = next(iter(subject.lora.items()))
     W = base.unet.get_submodule(name).weight
     W_0 = W.clone()
-    merged = MergedLoRA(base.unet, subject)
+    merged = MergedLoRA(base.unet, [subject])
     for lam in (0.4, 0.8):
         merged.set(lam)
         assert torch.allclose(W, W_0 + lam * B @ A, atol=1e-6)
@@ -155,18 +168,18 @@ def count_lora(modules):
 
 
 @torch.no_grad()
-def test_eq_3_the_prior_loss(base):
-    """Eq. 3: the same error on clips of the class. It does not touch Eq. 1."""
-    photos, tokens, weight, t, eps = small_batch()
-    prior_z, prior_context = small_prior()
-    prior_t, prior_eps = torch.tensor([300, 600]), torch.randn(2, 4, 3, 4, 6)
-    loss = new_loss(base)
-    both_t, both_eps = torch.cat([t, prior_t]), torch.cat([eps, prior_eps])
-    subject_loss, prior_loss = loss(photos, tokens, weight, both_t, both_eps, prior_z, prior_context)
+@pytest.mark.parametrize("num_frames, calls", [(3, 1), (5, 2)], ids=["as many frames", "more frames"])
+def test_eq_3_the_prior_loss(base, num_frames, calls):
+    """Eq. 3: the same error on clips of the class, which may be longer. It does not touch Eq. 1."""
+    batch, (z_0, context, t, eps) = small_batch(), small_prior(num_frames)
+    loss, unet_calls = new_loss(base), []
+    with base.unet.register_forward_hook(lambda *_: unet_calls.append(1)):
+        subject_loss, prior_loss = loss(*batch, z_0, context, t, eps)
+    assert len(unet_calls) == calls                         # clips of one length share a call
 
-    predicted = base.unet(add_noise(base, prior_z, prior_t, prior_eps), prior_t, FPS, prior_context)
-    assert torch.allclose(prior_loss, ((prior_eps - predicted) ** 2).mean())
-    assert torch.allclose(subject_loss, loss(photos, tokens, weight, t, eps)[0])
+    predicted = base.unet(add_noise(base, z_0, t, eps), t, FPS, context)
+    assert torch.allclose(prior_loss, ((eps - predicted) ** 2).mean())
+    assert torch.allclose(subject_loss, loss(*batch)[0])
 
 
 def test_eq_4_the_total_in_a_training_step(base_folder, photos_folder, tmp_path, monkeypatch):
@@ -201,7 +214,7 @@ def test_eq_4_the_total_in_a_training_step(base_folder, photos_folder, tmp_path,
 def test_only_v_star_A_and_B_are_trained(base):
     """The frozen networks get no gradient, and what SubjectLoss offers to an optimizer is V*, A and B."""
     loss = new_loss(base)
-    for B in loss.updates[1::2]:
+    for B in loss.lora[1::2]:
         torch.nn.init.normal_(B)                            # where B is zero, A has no gradient
     subject_loss, _ = loss(*small_batch())
     subject_loss.backward()
@@ -226,7 +239,7 @@ def test_algorithm_1_lambda_s_for_K_steps_then_lambda_l(base):
     assert two_step_schedule(0.4, 0.8, 3, 3) == [0.4] * 3
 
     subject = random_subject(base)
-    name, (A, B) = next(iter(subject.updates.items()))
+    name, (A, B) = next(iter(subject.lora.items()))
     W = base.unet.get_submodule(name).weight
     W_0, seen = W.clone(), []
 
@@ -237,7 +250,7 @@ def test_algorithm_1_lambda_s_for_K_steps_then_lambda_l(base):
     z, context = torch.randn(1, 4, 3, 4, 6), torch.randn(1, 77, 32)
     noise = lambda: torch.randn_like(z)
     ddim(watched_unet, base.schedule, z, noise, context, context, FPS[:1], steps=6, cfg=12.0, eta=1.0,
-         lora=MergedLoRA(base.unet, subject), lambdas=two_step_schedule(0.4, 0.8, 2, 6))
+         lora=MergedLoRA(base.unet, [subject]), lambdas=two_step_schedule(0.4, 0.8, 2, 6))
     assert torch.allclose(torch.stack(seen), torch.tensor([0.4, 0.4, 0.8, 0.8, 0.8, 0.8]), atol=1e-3)
 
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from config import BaseConfig
 from convert_ckpt import convert
-from files import load_base
 from makers import GOLDEN, SMALL, golden_state
 from model import Tokenizer
 from sample import ddim, ddim_steps
+from support.config import BaseConfig
+from support.files import load_base
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,12 @@ import pytest
 import torch
 
 import sample as script
-from cli import run_script
-from config import parse_lambdas
-from files import save_subject
 from lora import MergedLoRA
-from makers import ROOT, random_subject, run, torchrun
-from model import NoiseSchedule, ScheduleConfig, pixels
-from sample import ddim, ddim_steps, two_step_schedule
-from toy import world
-from video import motion_held, motion_line
+from makers import ROOT, fork_ranks, random_subject, wait
+from model import NoiseSchedule, ScheduleConfig
+from sample import ddim, ddim_steps, parse_lambdas, two_step_schedule
+from support.files import save_subject
+from support.video import motion_line, motion_similarity
 
 
 def test_fifty_steps_are_upstreams():
@@ -35,7 +32,7 @@ def sample(base, lambdas=None, subject=None, seed=0, steps=6):
     generator = torch.Generator().manual_seed(seed)
     noise = lambda: torch.randn((1, 4, 3, 4, 6), generator=generator)
     context = torch.randn(1, 77, 32, generator=torch.Generator().manual_seed(5))
-    lora = MergedLoRA(base.unet, subject) if subject else None
+    lora = MergedLoRA(base.unet, [subject]) if subject else None
     fps = torch.tensor([8])
     z_0 = ddim(base.unet, base.schedule, noise(), noise, context, 0 * context, fps, steps, 3.0, 1.0, lora,
                lambdas)
@@ -78,27 +75,23 @@ def test_lambda_schedules():
     assert parse_lambdas("0*1, 0.4>0.8*5 ,1*1", 7) == [0, 0.4, 0.5, 0.6, 0.7, 0.8, 1]
 
 
-def test_motion_as_it_forms(moving_clip):
-    """Predictions that stand still up to step 3, and move pale and blurred from step 4 on."""
+def test_motion_as_it_forms():
+    """Predictions that stand still up to step 3, and move palely and blurred from step 4 on."""
+    moving_clip = torch.full((3, 8, 32, 32), -1.0)
+    for t in range(8):                                      # a square that travels farther than its own size
+        moving_clip[0, t, 12:20, 3 * t:3 * t + 8] = 1
     still, mean = moving_clip[:, :1].expand_as(moving_clip), moving_clip.mean(dim=1, keepdim=True)
-    blurred = torch.nn.functional.avg_pool3d(moving_clip[None], (1, 5, 5), 1, (0, 2, 2))[0]
+    blurred = torch.nn.functional.avg_pool3d(moving_clip[None], (1, 3, 3), 1, (0, 1, 1))[0]
     pale = mean + 0.3 * (blurred - mean)
     line = motion_line([still] * 3 + [pale] * 2 + [moving_clip] * 3, shown=(0, 2, 7))
     assert line == ("motion 0.00 at step 1, 0.00 at step 3, 1.00 at step 8; "
                     "the first step with 0.9 of it is 4")
-    assert motion_line([still] * 8, shown=(0,)) == "nothing moves in it"
-    assert motion_line([moving_clip[:, :1]] * 8, shown=(0,)) == "nothing moves in it"
+    for clip in (still, moving_clip[:, :1]):                # nothing moves, or there is one frame
+        assert motion_line([clip] * 8, shown=(0,)) == "the clip does not move"
 
-    # A clip that goes the other way, and one that another ground lies behind.
-    assert motion_held(moving_clip.flip(1), moving_clip) < 0
-    assert motion_held(moving_clip + 0.3, moving_clip) == pytest.approx(1, abs=1e-4)
-
-
-@pytest.fixture(scope="module")
-def moving_clip():
-    """A drawn clip of the embedded world (3, T, H, W). Its sprite travels farther than its own radius."""
-    scene = world.random_scene(np.random.default_rng(0))
-    return pixels(world.draw_clip(scene)).transpose(0, 1)
+    # A clip that moves the other way, and one in front of another background.
+    assert motion_similarity(moving_clip.flip(1), moving_clip) < 0
+    assert motion_similarity(moving_clip + 0.3, moving_clip) == pytest.approx(1, abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -106,27 +99,15 @@ def moving_clip():
 
 
 @pytest.fixture()
-def call(monkeypatch, tmp_path, capsys):
-    """Runs sample.py in this process, in tmp_path -> what it wrote to stdout and stderr."""
-    def call(*flags, code=0):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("sys.argv", ["sample.py", *map(str, flags)])
-        capsys.readouterr()
-        if code:
-            with pytest.raises(SystemExit) as caught:
-                run_script(script.main)
-            assert caught.value.code == code
-        else:
-            script.main()
-        return capsys.readouterr()
-    return call
-
-
-@pytest.fixture()
 def dog(base, base_folder, tmp_path):
     """A subject in tmp_path/dog.safetensors -> flags that sample it with seed 0."""
     save_subject(tmp_path / "dog.safetensors", random_subject(base))
     return ["--base", base_folder, "--subject", "dog.safetensors", "--seed", 0]
+
+
+def visible(folder):
+    """The names of a folder's files, without the hidden lock."""
+    return sorted(path.name for path in folder.glob("[!.]*"))
 
 
 def pngs(folder):
@@ -142,27 +123,25 @@ def picture(folder):
 def test_command_line(base, base_folder, tmp_path, call):
     save_subject(tmp_path / "runs" / "dog" / "subject.safetensors", random_subject(base))
     flags = ["--base", base_folder, "--lambda_s", 0.4, "--lambda_l", 0.8, "--K", 2, "--seed", 3]
-    first = run("sample.py", *flags, "--num", 2, cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
-    lines = first.stdout.splitlines()
-    assert "tiny0" in lines[0] and "runs/dog/subject.safetensors" in lines[0]   # found without being named
+    lines = call(script, *flags, "--num", 2).out.splitlines()
+    assert "tiny0" in lines[0] and "runs/dog/subject.safetensors" in lines[1]   # found without being named
     out, stem, names = tmp_path / "outputs", "a-v-dog-running-on-the-grass", []
     for seed in (3, 4):
         names += [f"{stem}-{seed}.gif", f"{stem}-{seed}.mp4", f"{stem}-{seed}.json"]
     assert lines[-1] == "wrote " + " ".join(f"outputs/{name}" for name in names)
-    assert sorted(path.name for path in out.iterdir()) == sorted(names)
+    assert visible(out) == sorted(names)
     for ending in ("mp4", "gif"):
         assert iio.imread(out / f"{stem}-3.{ending}").shape == (3, 32, 48, 3)
-    facts = json.loads((out / f"{stem}-3.json").read_text())
-    assert facts["seed"] == 3 and facts["lambda_s"] == 0.4 and facts["K"] == 2
-    assert facts["base_fingerprint"] == base.config.fingerprint
+    recorded = json.loads((out / f"{stem}-3.json").read_text())
+    assert recorded["seed"] == 3 and recorded["lambda_s"] == 0.4 and recorded["K"] == 2
+    assert recorded["base_fingerprint"] == base.config.fingerprint
 
     # The same command again makes only what is missing. Another setting overwrites nothing.
-    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    again = call(*flags, "--num", 3)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("[!.]*")}
+    again = call(script, *flags, "--num", 3)
     assert "2 of 3 videos were there already" in again.out
     assert again.out.splitlines()[-1].count(".json") == 1
-    call(*flags, "--save_fps", 9)
+    call(script, *flags, "--save_fps", 9)
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     # A seed gives the same video.
     assert np.array_equal(iio.imread(out / f"{stem}-3.gif"), iio.imread(out / f"{stem}-3-2.gif"))
@@ -170,18 +149,18 @@ def test_command_line(base, base_folder, tmp_path, call):
 
 def test_schedule_flag_equals_the_three(dog, tmp_path, call):
     flags = [*dog, "--format", "png", "--out"]
-    call(*flags, "a", "--lambda_s", 0.4, "--lambda_l", 0.8, "--K", 1)
-    call(*flags, "b", "--lambdas", "0.4*1,0.8*3")
-    call(*flags, "c", "--lambdas", "0.4*2,0.8*2")
+    call(script, *flags, "a", "--lambda_s", 0.4, "--lambda_l", 0.8, "--K", 1)
+    call(script, *flags, "b", "--lambdas", "0.4*1,0.8*3")
+    call(script, *flags, "c", "--lambdas", "0.4*2,0.8*2")
     a, b, c = (picture(tmp_path / out) for out in "abc")
     assert np.array_equal(a, b) and not np.array_equal(a, c)
 
 
 def test_compare_and_process(dog, tmp_path, call):
-    call(*dog, "--format", "png", "gif", "--out", "both", "--prompt", "a V* dog", "--compare",
+    call(script, *dog, "--format", "png", "gif", "--out", "both", "--prompt", "a V* dog", "--compare",
          "--show_process", "--lambda_s", 0.4, "--lambda_l", 0.8, "--K", 2)
-    names = sorted(path.name for path in (tmp_path / "both").iterdir())
-    assert names == [f"a-v-dog-0{end}" for end in ("-frames.png", "-process.png", ".gif", ".json", ".png")]
+    endings = ("-frames.png", "-process.png", ".gif", ".json", ".png")
+    assert visible(tmp_path / "both") == [f"a-v-dog-0{ending}" for ending in endings]
     video = iio.imread(tmp_path / "both" / "a-v-dog-0.gif")
     assert video.shape == (3, 3 * 32 + 14, 3 * 144, 3)
     frames = iio.imread(tmp_path / "both" / "a-v-dog-0-frames.png")
@@ -189,12 +168,13 @@ def test_compare_and_process(dog, tmp_path, call):
 
 
 def test_process_prints_its_motion(dog, call):
-    """A line for each video, in which the last step holds all of the motion. No other flag prints it."""
+    """A line for each video, in which the last step has all of the motion. No other flag prints it."""
     flags = [*dog, "--format", "png", "--num", 2, "--batch_size", 2]
-    lines = [line for line in call(*flags, "--show_process", "--K", 0).out.splitlines() if ": motion" in line]
+    lines = call(script, *flags, "--show_process", "--K", 0).out.splitlines()
+    lines = [line for line in lines if ": motion" in line]
     assert len(lines) == 2 and lines[1].startswith("a-v-dog-running-on-the-grass-1: motion ")
     assert all("1.00 at step 4; the first step with 0.9 of it is " in line for line in lines)
-    assert ": motion" not in call(*flags, "--out", "plain").out
+    assert ": motion" not in call(script, *flags, "--out", "plain").out
 
 
 def test_prompts_file_and_shared_work(dog, tmp_path, call):
@@ -202,27 +182,27 @@ def test_prompts_file_and_shared_work(dog, tmp_path, call):
     prompts = "\ufeff# two prompts\r\na V* dog on the grass\r\n\r\na V* dog ../../etc\r\n"
     (tmp_path / "prompts.txt").write_bytes(prompts.encode())
     flags = [*dog, "--prompts", "prompts.txt", "--num_videos", 3, "--batch_size", 2, "--format", "png"]
-    call(*flags, "--out", "one")
-    done = run("sample.py", *flags, "--out", "two", cwd=tmp_path, launcher=torchrun(2))
-    assert done.returncode == 0, done.stderr
+    call(script, *flags, "--out", "one")
+    pids = fork_ranks(2, script.main, ["sample.py", *flags, "--out", "two"], tmp_path)
+    assert [wait(pid) for pid in pids] == [0, 0], (tmp_path / "output").read_text()
     one, two = (pngs(tmp_path / out) for out in ("one", "two"))
     assert len(one) == 6 and "001-a-v-dog-etc-2.png" in one
     assert one == two
 
 
 def test_the_base_alone_is_asked_what_its_subjects_are(base_folder, tmp_path, call):
-    call("--base", base_folder, "--subject", "none", "--prompt", "a V* dog on the grass", "--seed", 3)
-    facts = json.loads((tmp_path / "outputs" / "a-dog-on-the-grass-3.json").read_text())
-    assert facts["prompt"] == "a dog on the grass" and facts["subjects"] == []
+    call(script, "--base", base_folder, "--subject", "none", "--prompt", "a V* dog on the grass", "--seed", 3)
+    recorded = json.loads((tmp_path / "outputs" / "a-dog-on-the-grass-3.json").read_text())
+    assert recorded["prompt"] == "a dog on the grass" and recorded["subjects"] == []
 
 
 def test_several_subjects(base, dog, tmp_path, call):
-    """Both updates and both words count, and two subjects may not share a word."""
+    """Both updates and both words count."""
     subject = random_subject(base)
     cat = replace(subject, placeholder="<cat>", class_word="cat")
     save_subject(tmp_path / "cat.safetensors", cat)
-    both = MergedLoRA(base.unet, subject, cat)
-    name, (A, B) = next(iter(subject.updates.items()))
+    both = MergedLoRA(base.unet, [subject, cat])
+    name, (A, B) = next(iter(subject.lora.items()))
     W = base.unet.get_submodule(name).weight
     W_0 = W.clone()
     both.set(0.5)
@@ -230,20 +210,20 @@ def test_several_subjects(base, dog, tmp_path, call):
     both.set(0)
     assert torch.equal(W, W_0)
 
-    call(*dog, "--format", "png", "--subject", "cat.safetensors", "--out", "both")
-    facts = json.loads(next((tmp_path / "both").glob("*.json")).read_text())
-    assert facts["prompt"] == "a V* dog and a <cat> cat running on the grass" and len(facts["subjects"]) == 2
-    assert "share the placeholder V*" in call(*dog, "--subject", "dog.safetensors", code=2).err
+    call(script, *dog, "--format", "png", "--subject", "cat.safetensors", "--out", "both")
+    recorded = json.loads(next((tmp_path / "both").glob("*.json")).read_text())
+    assert recorded["prompt"] == "a V* dog and a <cat> cat running on the grass"
+    assert len(recorded["subjects"]) == 2
 
 
 def test_long_and_poor_prompts(dog, tmp_path, call):
     flags = [*dog, "--format", "png", "--prompt"]
-    said = call(*flags, "a V* dog " + "on " * 80 + "grass").err
-    assert "dropped" in said and "grass" in said
-    assert "V* comes after the 75 tokens" in call(*flags, "on " * 80 + "V* dog", code=2).err
-    assert "V* is not in it" in call(*flags, "a dog").err
-    call(*flags, "a V* dog", "--negative_prompt", "blurred", "--out", "negative")
-    call(*flags, "a V* dog", "--out", "plain")
+    warning = call(script, *flags, "a V* dog " + "on " * 80 + "grass").err
+    assert "dropped" in warning and "grass" in warning
+    assert "V* comes after the 75 tokens" in call(script, *flags, "on " * 80 + "V* dog", code=2).err
+    assert "V* is not in it" in call(script, *flags, "a dog").err
+    call(script, *flags, "a V* dog", "--negative_prompt", "blurred", "--out", "negative")
+    call(script, *flags, "a V* dog", "--out", "plain")
     assert not np.array_equal(picture(tmp_path / "negative"), picture(tmp_path / "plain"))
 
 

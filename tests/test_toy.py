@@ -1,23 +1,28 @@
 """The embedded base: its world is as described, its weights are trained, the README's first command works."""
 import itertools
+import json
 from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from cli import BadInput
-from files import load_base, load_subject
-from makers import ROOT, random_subject, run
+from makers import ROOT, fork, random_subject, run, wait
 from model import Tokenizer, pixels
 from paper.evaluate import consistency
-from toy import experiment
+from support.cli import BadInput, Process
+from support.files import load_base, load_subject
+from toy import experiment, pretrain
 from toy.experiment import OPPOSITE, Table, against, unseen_scenes
 from toy.measure import likeness, measure, pixel_features
 from toy.world import (COLOURS, DIRECTIONS, GROUNDS, PATTERNS, SHAPES, SPEED, SUBJECTS, Look, Scene, caption,
                        colour_name, draw_clip, draw_ground, draw_photos, held_out, random_look, random_scene)
+
+ALONE = Process(0, 1, torch.device("cpu"))
+BASE = ROOT / "toy" / "base"
 
 # ------------------------------------------------------------------------------------------------------------
 # The world
@@ -68,7 +73,6 @@ def test_captions_name_the_look_and_drop_words():
     look = Look(COLOURS["red"], COLOURS["white"], "striped", face=True)
     scene = Scene("star", look, "sea", "left")
     assert caption(scene) == "a smiling red and white striped star moving left on the sea"
-    assert caption(scene, look=False) == "a star moving left on the sea"
     assert caption(replace(scene, look=Look(COLOURS["red"]), direction="")) == "a red star on the sea"
     rng = np.random.default_rng(2)
     captions = {caption(scene, rng) for _ in range(20_000)}
@@ -90,7 +94,7 @@ def test_committed_photos_are_what_the_script_draws(name):
 
 def test_measures_know_the_answer_of_drawn_clips():
     rng, names = np.random.default_rng(3), ("shape", "ground", "direction", "pattern", "colour")
-    scenes = [random_scene(rng, unseen=i % 2 == 0) for i in range(40)]
+    scenes = [random_scene(rng, unseen=i % 2 == 0) for i in range(30)]
     seen = [measure(draw_clip(scene), scene.fps) for scene in scenes]
     rows = [against(scene, found, names) for scene, found in zip(scenes, seen)]
     for name in names:
@@ -106,7 +110,7 @@ def test_measures_fail_on_noise_and_on_frozen_and_shuffled_clips():
     noise = measure(rng.integers(0, 256, (8, 64, 64, 3)).astype(np.uint8), 8)
     names = (noise.shape, noise.pattern, noise.colour, noise.ground, noise.direction)
     assert names == ("",) * 5 and noise.broken == 1.0
-    for _ in range(5):
+    for _ in range(3):
         scene = random_scene(rng)
         clip = draw_clip(scene)
         frozen = measure(clip[[3] * 8], scene.fps)
@@ -146,9 +150,13 @@ def test_consistency_of_pixels_is_one_for_a_frozen_clip():
     assert of_frozen == pytest.approx(1) and of_shuffled < of_clip < 0.99
 
 
+# ------------------------------------------------------------------------------------------------------------
+# The experiments
+
+
 @pytest.fixture()
 def drawn(monkeypatch):
-    """Table's clips are drawn, not sampled -> scenes, and the list of all prompts that were asked for."""
+    """Clips are drawn, not sampled -> scenes, and the list of all prompts that were asked for."""
     scenes, asked = unseen_scenes(6), []
 
     def draw(base, prompts, which, subjects=(), lambdas=None):
@@ -159,23 +167,24 @@ def drawn(monkeypatch):
     return scenes, asked
 
 
-def test_an_interrupted_table_goes_on(tmp_path, drawn, toy):
+def test_an_interrupted_table_continues(tmp_path, drawn, toy):
     scenes, asked = drawn
     captions = [caption(scene) for scene in scenes]
     judge = lambda i, clip: against(scenes[i], measure(clip, 8), ("direction", "shape"))
-    Table(Namespace(clips=6, out=tmp_path), toy, "x").fill("one", captions, judge)
-    table = Table(Namespace(clips=6, out=tmp_path), toy, "x")
+    open_table = lambda clips: Table(Namespace(clips=clips, out=tmp_path), toy, ALONE, "x")
+    open_table(6).fill("one", captions, judge)
+    table = open_table(6)
     table.fill("one", captions, judge)
     table.fill("two", captions, judge)
     assert asked == 2 * captions and list(table.rows) == ["one", "two"]
     one, two = table.rows["one"], table.rows["two"]
     assert two["direction"] == two["shape"] == [1.0] * 6
     assert np.allclose(one["distance"], 1, atol=0.05) and sum(one["frozen"]) == 0
-    assert Image.open(tmp_path / "x.png").size == (2 * 8 * 64, 2 * (64 + 14))
+    assert Image.open(tmp_path / "x.png").size == (2 * (4 * 64 + 8), 2 * (64 + 14))
     with pytest.raises(BadInput, match="other settings"):
-        Table(Namespace(clips=7, out=tmp_path), toy, "x")
-    (tmp_path / "x.png").unlink()   # what is missing is made again
-    Table(Namespace(clips=6, out=tmp_path), toy, "x").fill("one", captions, judge)
+        open_table(7)
+    (tmp_path / "x.png").unlink()   # without its picture a row is made again
+    open_table(6).fill("one", captions, judge)
     assert asked == 3 * captions and (tmp_path / "x.png").exists()
 
 
@@ -184,7 +193,7 @@ def test_trainings_share_the_clips_of_a_row(tmp_path, drawn, base, capsys):
     _, asked = drawn
     learned = [(replace(random_subject(base), class_word="heart"), "berry"),
                (replace(random_subject(base), class_word="circle"), "bee")]
-    table = Table(Namespace(clips=6, out=tmp_path), base, "claim")
+    table = Table(Namespace(clips=6, out=tmp_path), base, ALONE, "claim")
     row = replace(experiment.PAPER_K5, lambdas="0.4*2,0.8*2")  # the tiny base takes 4 steps
     numbers = experiment.measure_row(table, row, learned)
     assert asked[2].startswith("a V* heart") and asked[3].startswith("a V* circle")
@@ -201,17 +210,103 @@ def test_clips_that_cannot_be_shared_are_refused(tmp_path):
     assert done.stderr.startswith("error: --clips 8: should be a multiple of 6")
 
 
+def test_a_run_is_started_once_and_without_torchruns_environment(tmp_path, monkeypatch, toy):
+    """A training and a longer one share a run. What is done is not started again, and the rest is resumed."""
+    started = []
+
+    def run_command(command, env):
+        flag = lambda name: command[command.index(name) + 1]
+        started.append((command, env))
+        for steps in range(5, int(flag("--steps")) + 1, int(flag("--save_every"))):
+            save = Path(flag("--resume" if "--resume" in command else "--out")) / f"step-{steps:06d}"
+            save.mkdir(parents=True, exist_ok=True)
+            (save / "subject.safetensors").touch()
+            (save / "state.pt").touch()
+        return Namespace(returncode=0)
+
+    monkeypatch.setattr(experiment.subprocess, "run", run_command)
+    monkeypatch.setattr(experiment, "load_subject", lambda path, base: path.parent.name)
+    of_torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "MASTER_PORT"}
+    for name in of_torchrun:
+        monkeypatch.setenv(name, "1")
+    args = Namespace(out=tmp_path, base=BASE, steps=5)
+    learn = lambda *trainings: experiment.learn(args, toy, ALONE, trainings, seeds=(0,))
+
+    default, longer = experiment.DEFAULT, experiment.LONGER
+    assert learn(default)[default] == [("step-000005", name) for name in experiment.NAMES]
+    assert learn(default, longer)[longer] == [("step-000010", name) for name in experiment.NAMES]
+    learn(longer, default)
+    assert ["--resume" in command for command, _ in started] == [False] * 3 + [True] * 3
+    assert not of_torchrun & started[0][1].keys()
+
+
+@pytest.mark.parametrize("lost, accepted",
+                         [((0.1, 0.0, 0.02), "yes"), ((0.16, 0.0, -0.1), "no"), ((0.06, 0.06, 0.06), "no")])
+def test_the_recipes_decision(capsys, lost, accepted):
+    """A change is accepted if direction loses at most 0.05 on average, and no subject more than 0.15."""
+    default = {"direction": np.full(24, 0.7), "likeness": np.full(24, 0.7)}
+    change = default | {"direction": 0.7 - np.repeat(lost, 8)}
+    experiment.print_differences({"default": default, "change": change})
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row.startswith(f"| change | {-np.mean(lost):.3f} ± ") and row.endswith(f"| {accepted} |")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pre-training
+
+TINY = ["--vae_steps", "2", "--clips", "16", "--image_steps", "1", "--clip_steps", "1"]
+
+
+def test_pretraining_from_start_to_end(tmp_path):
+    """Stage by stage, and then by the command for all of them. The base has the committed one's numbers."""
+    for flags in (["--stage", "vae"], ["--stage", "latents"], []):
+        assert wait(fork(pretrain.main, ["x", "--out", "out", *TINY, *flags], tmp_path)) == 0
+    folder = tmp_path / "out" / "base"
+    load_base(folder)
+    config, committed = (json.loads((folder / "config.json").read_text()) for folder in (folder, BASE))
+    for own in (config, committed):
+        del own["fingerprint"], own["vae"]["latent_factor"]
+    assert config == committed
+
+
+def test_a_stopped_stage_continues_as_if_it_had_not_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain.Run, "SAVE_EVERY", 2)
+
+    def train(folder, *stops):
+        for start, stop in enumerate(stops):
+            torch.manual_seed(start)    # a later start's random weights must not count
+            stage = pretrain.Run("x", folder, ALONE, torch.nn.Linear(3, 3), lr=0.1, steps=6)
+            while stage.step < stop:
+                x = torch.randn(4, 3, generator=torch.Generator().manual_seed(stage.step))
+                stage.optimize(stage.model(x).pow(2).mean(), {})
+        return torch.load(folder / "x.pt")["average"]["module.weight"]
+
+    assert torch.equal(train(tmp_path / "a", 6), train(tmp_path / "b", 4, 6))
+    with pytest.raises(BadInput, match="of a run of 6 steps"):
+        pretrain.Run("x", tmp_path / "a", ALONE, torch.nn.Linear(3, 3), lr=0.1, steps=7)
+
+
+@pytest.mark.parametrize("name", ["config.json", "vae.safetensors"])
+def test_pretraining_keeps_another_models_files(tmp_path, name):
+    content = '{"name": "videocrafter2"}'
+    (tmp_path / name).write_text(content)
+    assert wait(fork(pretrain.main, ["x", "--base", tmp_path, "--out", "out", *TINY], tmp_path)) == 2
+    assert (tmp_path / "output").read_text() == (
+        f"error: --base {tmp_path}: {name} in it is another model's; name another folder\n")
+    assert (tmp_path / name).read_text() == content and not (tmp_path / "out").exists()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The committed weights
 
 
 @pytest.fixture(scope="module")
 def toy():
-    return load_base(ROOT / "toy" / "base")
+    return load_base(BASE)
 
 
 def test_base_is_small_and_has_its_subject(toy):
-    assert sum(path.stat().st_size for path in (ROOT / "toy" / "base").iterdir()) <= 20e6
+    assert sum(path.stat().st_size for path in BASE.iterdir()) <= 20e6
     subject = load_subject(ROOT / "toy" / "subject.safetensors", toy)
     assert (subject.placeholder, subject.class_word) == ("V*", "heart")
 
@@ -265,7 +360,7 @@ def test_unet_has_learned_what_captions_say(toy):
 
 def test_process_finds_the_step_at_which_motion_is_decided(tmp_path):
     """By `experiment.py decided` step 3 has decided six tenths of the directions, step 5 nine tenths."""
-    done = run("sample.py", "--base", ROOT / "toy" / "base", "--subject", "none", "--show_process",
+    done = run("sample.py", "--base", BASE, "--subject", "none", "--show_process",
                "--prompt", "a red star moving left on the sea", "--num", 2, "--seed", 0, "--format", "png",
                cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -276,7 +371,6 @@ def test_process_finds_the_step_at_which_motion_is_decided(tmp_path):
 def test_first_command_of_the_readme(tmp_path):
     done = run("sample.py", "--lambda_s", 0.4, "--lambda_l", 0.8, "--K", 5, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert "toy/base (toy)" in lines[0] and "toy/subject.safetensors (V* heart" in lines[0]
-    files = lines[-1].removeprefix("wrote ").split()
+    assert "toy/base (toy)" in done.stdout and "toy/subject.safetensors (V* heart" in done.stdout
+    files = done.stdout.splitlines()[-1].removeprefix("wrote ").split()
     assert len(files) == 3 and all((tmp_path / file).stat().st_size > 0 for file in files)

@@ -155,10 +155,10 @@ def random_start(rng, direction, fps):
     return tuple(SIZE / 2 + rng.uniform(-5, 5, 2) - 0.3 * travel * np.array(DIRECTIONS[direction]))
 
 
-def caption(scene, rng=None, look=True):
+def caption(scene, rng=None):
     """Scene -> "a smiling red and white striped star moving left on the grass".
 
-    With a generator words drop out, even all of them. With look=False the look's words are left out.
+    With a generator words drop out, even all of them.
     """
     def kept(probability):
         return rng is None or rng.random() < probability
@@ -166,13 +166,12 @@ def caption(scene, rng=None, look=True):
     if not kept(0.9):
         return ""
     text = "a"
-    if look:
-        if scene.look.face and kept(0.7):
-            text += " smiling"
-        if kept(0.7):
-            text += f" {colour_words(scene.look)}"
-        if scene.look.second and kept(0.7):
-            text += f" {scene.look.pattern}"
+    if scene.look.face and kept(0.7):
+        text += " smiling"
+    if kept(0.7):
+        text += f" {colour_words(scene.look)}"
+    if scene.look.second and kept(0.7):
+        text += f" {scene.look.pattern}"
     text += f" {scene.shape}"
     if scene.direction and kept(0.85):
         text += f" moving {scene.direction}"
