@@ -3,8 +3,9 @@
     python convert_ckpt.py                      # downloads model.ckpt of VideoCrafter/VideoCrafter2 first
     python convert_ckpt.py path/to/model.ckpt   # a local .ckpt or .safetensors file
 
-The work is a rename table, strict both ways: every official name is used or known to be unused, every tensor
-of ours is filled. The checkpoint stays memory-mapped; our files are written one network at a time.
+The conversion is a rename table that is strict in both directions: every official name is used or known to be
+unused, and every tensor of the networks in model.py is filled. The checkpoint stays memory-mapped, and the
+files are written one network at a time.
 """
 import os
 import pickle
@@ -21,7 +22,7 @@ from support.config import BaseConfig, save_config
 from support.files import PARTS, build_part, fingerprint, from_hub, read_header
 from support.video import read_json
 
-# Official name -> PART/name of ours. All rules are applied, in this order.
+# Official name -> PART/name in model.py. All rules are applied, in this order.
 RENAME = [
     (r"^model\.diffusion_model\.", "unet/"),
     (r"^first_stage_model\.", "vae/"),
@@ -54,12 +55,12 @@ RENAME = [
     (r"\.downsample\.conv\.", ".downsample."),
     (r"\.upsample\.conv\.", ".upsample."),
 ]
-# Unused: the schedule's buffers, and all after the text tower's last-but-one block.
+# Unused: the schedule's buffers, and everything after the text tower's last-but-one block.
 SCHEDULE = re.compile(r"^(betas|scale_arr|(sqrt_|log_)?(one_minus_)?alphas_cumprod(_prev)?|sqrt_recipm?1?_"
                       r"alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12]))$")
 TEXT_END = r"^cond_stage_model\.model\.(text_projection|logit_scale|transformer\.resblocks\.{last}\..*)$"
 
-# What another checkpoint is: the first of these that is found in its names says so.
+# How other checkpoints are recognised: by the first of these patterns that matches one of their names.
 OTHER_CHECKPOINTS = [
     (r"lora_|\.alpha$", "it looks like a LoRA: convert the base model, LoRA files go to sample.py --subject"),
     (r"image_proj_model|to_k_ip", "it looks like an image-to-video checkpoint"),
@@ -75,7 +76,7 @@ def main():
     p.add_argument("checkpoint", nargs="?", type=Path, help=".ckpt or .safetensors (default: download it)")
     p.add_argument("--out", type=Path, default=ROOT / "checkpoints" / "videocrafter2", help="base folder")
     p.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
-                   help="what the UNet is stored in; text encoder and VAE are float32 (default: %(default)s)")
+                   help="of the stored UNet; text encoder and VAE are float32 (default: %(default)s)")
     args = p.parse_args()
     check_replaced(args.out, args.checkpoint)
     path = args.checkpoint or from_hub(REPO, FILE, "checkpoint", "pass its path")
@@ -84,7 +85,7 @@ def main():
 
 
 def convert(path, out, config, dtype):
-    """Checkpoint file -> base folder `out`, which is complete or untouched. Raises BadInput."""
+    """Checkpoint file -> base folder `out`, which is written completely or not at all. Raises BadInput."""
     official = open_checkpoint(path)
     plan = match_names(path, {name: tuple(tensor.shape) for name, tensor in official.items()}, config)
 
@@ -111,7 +112,7 @@ def convert(path, out, config, dtype):
 
 
 def check_replaced(out, checkpoint):
-    """The files that a base in `out` would replace are such a base's, whole or not. Raises BadInput."""
+    """Raises BadInput unless the files in `out` that would be replaced are those of a base."""
     check_out(out)
     files = [out / "config.json", *(out / f"{part}.safetensors" for part in PARTS)]
     if checkpoint and checkpoint.resolve() in [file.resolve() for file in files]:
@@ -119,13 +120,13 @@ def check_replaced(out, checkpoint):
     for file in filter(Path.exists, files):
         header = read_header(file) if file.suffix == ".safetensors" else read_json(file) or {}
         if "fingerprint" not in header:
-            raise BadInput(f"--out {out}: {file.name} in it is another model's; name another folder")
+            raise BadInput(f"--out {out}: {file.name} in it belongs to another model; name another folder")
 
 
 def match_names(path, shapes, config):
-    """Official name -> shape becomes, per part, our name -> (official name, our shape).
+    """Official name -> shape becomes, for each part, our name -> (official name, our shape).
 
-    Raises BadInput unless every name finds its tensor and every tensor its name, with equal shapes.
+    Raises BadInput unless official and our tensors match one to one, with equal shapes.
     """
     text_end = re.compile(TEXT_END.replace("{last}", str(config.text.layers)))
     names, unknown, plan = {part: {} for part in PARTS}, [], {}
@@ -150,7 +151,8 @@ def match_names(path, shapes, config):
                            f"({len(unknown)} unknown names, {len(missing)} missing, such as {first})")
         plan[part] = {ours: (names[part][ours], tuple(tensor.shape)) for ours, tensor in expected.items()}
         for name, shape in plan[part].values():
-            if without_ones(shapes[name], len(shape)) != shape:
+            # Upstream's convolutions with kernel 1 (init_attn, VAE attention) are Linear here.
+            if shapes[name] != shape + (1,) * (len(shapes[name]) - len(shape)):
                 raise BadInput(f"{path}: {name} is {shapes[name]}, and {shape} is expected")
     return plan
 
@@ -163,16 +165,12 @@ def our_name(name):
     return part, ours
 
 
-def without_ones(shape, dims):
-    """A shape of `dims` sizes: convolutions with kernel 1 (init_attn, VAE attention) are Linear here."""
-    return shape[:dims] if all(size == 1 for size in shape[dims:]) else shape
-
-
 def describe(names):
-    """What a file with these tensor names looks like."""
-    text = "\n".join(names)
-    looks = [says for pattern, says in OTHER_CHECKPOINTS if re.search(pattern, text, re.MULTILINE)]
-    return looks[0] if looks else f"download {FILE} from {REPO}"
+    """A guess at the kind of checkpoint that has these tensor names."""
+    for pattern, guess in OTHER_CHECKPOINTS:
+        if re.search(pattern, "\n".join(names), re.MULTILINE):
+            return guess
+    return f"download {FILE} from {REPO}"
 
 
 def open_checkpoint(path):
@@ -182,10 +180,8 @@ def open_checkpoint(path):
             head = file.read(512)
     except OSError as error:
         raise BadInput(f"{path}: {one_line(error)}; pass a .ckpt or .safetensors file") from None
-    if re.match(rb"\s*<(!doctype|html)", head, re.IGNORECASE):
-        raise BadInput(f"{path}: is a web page, not the file; download {FILE} from {REPO} again")
-    if head.startswith(b"version https://git-lfs"):
-        raise BadInput(f"{path}: is a git-lfs pointer, not the file; `git lfs pull` or download {FILE} again")
+    if re.match(rb"\s*<(!doctype|html)|version https://git-lfs", head, re.IGNORECASE):
+        raise BadInput(f"{path}: is a web page or a git-lfs pointer; download {FILE} from {REPO} again")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -194,8 +190,7 @@ def open_checkpoint(path):
         state = state.get("state_dict", state)
         return {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
     except pickle.UnpicklingError:
-        raise BadInput(f"{path}: its pickle is damaged, or would run code, so it is not loaded; "
-                       f"a checkpoint holds plain tensors only") from None
+        raise BadInput(f"{path}: its pickle is damaged or would run code, so it is not loaded") from None
     except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, AttributeError) as error:
         raise BadInput(f"{path}: is truncated or damaged ({os.path.getsize(path):,} bytes, "
                        f"{one_line(error)}); download it again and compare its size") from None

@@ -1,17 +1,17 @@
 """A photo is read, becomes a still video, and becomes a sample that follows from its number alone.
 
-Nothing to run here; train.py draws its samples from this page. What sample number i is (photo, crop, caption,
-noise level, noise) follows from the training's seed and from i. So any number of processes sees the same
-samples, and a training that was stopped needs to remember no random state.
+Nothing to run here; train.py draws its samples from this page. A sample's photo, crop, caption, noise level
+and noise follow from the training's seed and the sample's number. So any number of processes sees the same
+samples, and a training that resumes needs no random state.
 
 Shapes: images (3, H, W) in [-1, 1]; latents (B, 4, h, w), still videos in latents (B, 4, T, h, w); L text
 tokens, D text width.
 """
 import io
 import warnings
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -39,17 +39,23 @@ def still_video(z, num_frames):
 
 
 class Samples:
-    """What a training sees. Sample number i is the same on any number of processes, and after any stop."""
+    """A training's samples, by number: the same on any number of processes, and after any interruption."""
 
     def __init__(self, photos, placeholder, class_word, prior, seed, training, sampling, factor, flip=True):
-        """`prior`: latents (n, 4, T or 1, h, w) and contexts (n, L, D) of the class, and the context (L, D)
-        of an empty caption; or None. `factor` is H / h. `flip` mirrors half of the photos.
+        """`prior` is None, or latents (n, 4, T or 1, h, w) and contexts (n, L, D) of the class, and the
+        context (L, D) of an empty caption. `factor` is H / h. `flip` mirrors half of the photos.
         """
-        self.photos, self.prior, self.seed, self.dropout = photos, prior, seed, training.caption_dropout
+        self.photos, self.prior, self.seed, self.training = photos, prior, seed, training
         self.subject_words = f"{placeholder} {class_word}"
         self.height, self.width, self.flip = sampling.height, sampling.width, flip
         self.z_shape = (Z_CHANNELS, training.frames, self.height // factor, self.width // factor)
         self.tokenizer = Tokenizer([placeholder])
+
+    def share(self, process, step, micro_step):
+        """The batch of one process in a micro-step, on its device. The processes take turns in batches."""
+        n = ((step - 1) * self.training.grad_accum + micro_step) * process.world + process.rank
+        B = self.training.batch_size
+        return [x.to(process.device) for x in self.batch(range(n * B, (n + 1) * B))]
 
     def batch(self, numbers):
         """B sample numbers -> images (B, 3, H, W), tokens (B, L), t (B,), eps (B, 4, T, h, w) of the subject;
@@ -69,10 +75,10 @@ class Samples:
 
     def drops_caption(self, i, which):
         """Whether sample number i has an empty caption; `which` is 0 for the subject and 1 for the prior."""
-        return np.random.default_rng((self.seed, 4, i)).random(2)[which] < self.dropout
+        return np.random.default_rng((self.seed, 4, i)).random(2)[which] < self.training.caption_dropout
 
     def subject_sample(self, i):
-        """Sample number i -> image (3, H, W), caption. Every photo comes once before any comes again."""
+        """Sample number i -> image (3, H, W), caption. No photo repeats before all photos were used."""
         photo, rng = self.photo_of(i), np.random.default_rng((self.seed, 1, i))
         caption = photo.caption or TEMPLATES[rng.integers(len(TEMPLATES))].format(self.subject_words)
         image = crop(photo.image, self.height, self.width, rng, flip=self.flip)
@@ -119,19 +125,19 @@ Image.MAX_IMAGE_PIXELS = None   # Pillow's own limit, 179 million, is below a ph
 @dataclass
 class Photo:
     image: Image.Image    # RGB, upright
-    caption: str          # from NAME.txt beside NAME.jpg; empty: take a template
+    caption: str          # from NAME.txt beside NAME.jpg; if empty, a template is used
     path: Path
     crc32: int            # of its file
 
 
 def load_photos(folder, height, width, placeholder, class_word):
-    """Folder -> list of Photo, in the order of their names, for frames of that size. Warns of poor photos.
+    """Folder -> list of Photo, in the order of their names, for frames of that size. Warns about poor photos.
 
-    A large picture is shrunk once, here. Raises BadInput if the folder is missing or has no readable picture.
+    Large pictures are shrunk once, here. Raises BadInput if the folder is missing or has no readable picture.
     """
     load = lambda path: load_picture(path, max(height, width))
     pictures = read_folder(folder, PICTURES, load, "--images", "4 to 6 photos of the subject")
-    photos = [Photo(image, subject_caption(path, placeholder, class_word), path, crc32(path))
+    photos = [Photo(image, subject_caption(path, placeholder, class_word), path, crc32(path.read_bytes()))
               for path, image in pictures]
     check_photos(photos, height, width)
     return photos
@@ -139,28 +145,24 @@ def load_photos(folder, height, width, placeholder, class_word):
 
 def check_photos(photos, height, width):
     """Warns about photos that are too small or lose more than half to the crop, and about stray captions."""
-    frame, folder = f"the frame of {width}x{height} pixels", photos[0].path.parent
+    frame = f"{width}x{height} pixels"
+    for photo in photos:
+        if photo.image.width < width or photo.image.height < height:
+            warn(f"{photo.path}: is smaller than {frame}, so it is enlarged; larger photos show more detail")
+        if not 0.5 <= (photo.image.width * height) / (photo.image.height * width) <= 2:
+            warn(f"{photo.path}: a crop of {frame} loses more than half of it; crop it to that shape, or "
+                 f"change --height and --width")
     captions = {caption_file(photo.path) for photo in photos}
-    texts = {path for path in folder.iterdir() if path.suffix.lower() in (".txt", ".caption")}
-    stray = sorted(path.name for path in texts - captions)
-    small = [photo.path.name for photo in photos if photo.image.width < width or photo.image.height < height]
-    cut = [photo.path.name for photo in photos
-           if not 0.5 <= (photo.image.width * height) / (photo.image.height * width) <= 2]
-    for names, problem in (
-            (stray, "left out: no photo has this name, or it has another caption"),
-            (small, f"smaller than {frame}, so enlarged; larger photos show more detail"),
-            (cut, f"{frame} holds less than half at once; crop nearer to its shape, or change --height and "
-                  f"--width")):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            warn(f"{folder}: {', '.join(names[:5])}{more}: {problem}")
+    texts = {path for path in photos[0].path.parent.iterdir() if path.suffix.lower() in (".txt", ".caption")}
+    for path in sorted(texts - captions):
+        warn(f"{path}: skipped, because no photo has this name, or it has another caption")
 
 
 def load_prior(folder, count, num_frames, height, width):
     """Reads the first `count` pictures or videos -> list of video (1 or T, 3, H, W), caption, file's crc32.
 
-    Of a video the first T = `num_frames` frames are taken; a shorter video is skipped with a warning. A
-    caption is empty where there is no NAME.txt. The crop position is seeded by the file name.
+    Of a video, only the first T = `num_frames` frames are read; a shorter video is skipped with a warning.
+    A caption is empty if NAME.txt is missing. The crop position is seeded by the file name.
     """
     def load(path):
         is_video = path.suffix.lower() in VIDEOS
@@ -170,7 +172,7 @@ def load_prior(folder, count, num_frames, height, width):
                             for image in images])
 
     videos = read_folder(folder, PICTURES | VIDEOS, load, "--prior", "pictures or videos of the class", count)
-    return [(video, read_caption(path), crc32(path)) for path, video in videos]
+    return [(video, read_caption(path), crc32(path.read_bytes())) for path, video in videos]
 
 
 def read_folder(folder, endings, read, flag, content, count=None):
@@ -183,14 +185,14 @@ def read_folder(folder, endings, read, flag, content, count=None):
         if path.name.startswith(".") or len(results) == count:
             continue
         if path.is_dir() and any(file.suffix.lower() in endings for file in path.iterdir()):
-            warn(f"{path}: subfolders are not read; left out")
+            warn(f"{path}: subfolders are not read; skipped")
         elif ending in UNREAD_PICTURES or (ending in PICTURES | VIDEOS and ending not in endings):
-            warn(f"{path}: {ending} is not read; left out")
+            warn(f"{path}: {ending} is not read; skipped")
         elif ending in endings and path.is_file():
             try:
                 results.append((path, read(path)))
-            except Exception as error:  # Pillow's and FFMPEG's readers each raise their own
-                warn(f"{path}: not readable ({one_line(error)}); left out")
+            except Exception as error:  # Pillow and FFMPEG each raise errors of their own
+                warn(f"{path}: not readable ({one_line(error)}); skipped")
     if not results:
         raise BadInput(f"{flag} {folder}: has no readable file ({', '.join(sorted(endings))}); "
                        f"it should hold {content}")
@@ -198,15 +200,15 @@ def read_folder(folder, endings, read, flag, content, count=None):
 
 
 def load_picture(path, longest):
-    """A picture file -> sRGB image, upright, over white; of an animation the first frame.
+    """A picture file -> its first frame as an upright sRGB image, over white if it is transparent.
 
-    It is scaled down to a short side of 2 * `longest` pixels, while it is decoded if the format can.
+    A larger image is scaled down to a short side of 2 * `longest` pixels, already by the decoder if it can.
     """
     with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:  # broken EXIF
         image.draft("RGB", (2 * longest, 2 * longest))
         profile = image.info.get("icc_profile")
         ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):      # 16 bits, which convert("RGB") would clip
+        if image.mode.startswith("I"):      # convert("RGB") would clip 16 bits
             image = Image.fromarray((np.asarray(image) / 65535 * 255).round().astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -218,7 +220,7 @@ def load_picture(path, longest):
 
 
 def in_srgb(image, profile):
-    """An image and its colour profile -> RGB. A profile that is broken, or another mode's, is ignored."""
+    """An image and its colour profile -> sRGB image. A broken profile, or one of another mode, is ignored."""
     if profile:
         try:
             return ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"),
@@ -226,7 +228,3 @@ def in_srgb(image, profile):
         except (ImageCms.PyCMSError, OSError):
             pass
     return image.convert("RGB")
-
-
-def crc32(path):
-    return zlib.crc32(path.read_bytes())

@@ -1,7 +1,7 @@
 """Eq. 2 of CustomCrafter: W = W_0 + lambda * B A on the spatial attention, and V*, the word learned with it.
 
-Nothing to run here. In training (`add_lora`) the update B A stays beside the weight, and lambda = 1. In
-sampling (`MergedLoRA`) the update goes into the weight, so LoRA costs nothing per step.
+Nothing to run here. In training (`add_lora`), the update B A stays beside the weight, and lambda = 1. In
+sampling (`MergedLoRA`), the update is added to the weight, so LoRA costs nothing per step.
 
 Shapes: A (r, C_in), B (C_out, r), where r is the rank; V* (1, D), where D is the text width.
 """
@@ -23,7 +23,7 @@ def class_embedding(text_encoder, class_word):
 
 
 def spatial_blocks(unet: UNet):
-    """Names of the blocks that look within one frame. Temporal blocks form motion, so they get no update."""
+    """Names of the blocks that work within each frame. Temporal blocks form motion, so they get no update."""
     modules = unet.named_modules()
     return [f"{name}.block" for name, module in modules if isinstance(module, SpatialTransformer)]
 
@@ -53,7 +53,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.linear = linear
         self.lam = 1.0
-        # A and B stay in float32 whatever the frozen weights are in: their steps are too small for bfloat16.
+        # A and B are always in float32, because their steps are too small for bfloat16.
         # Hu et al. 2021: A is Gaussian and B zero, so that step 0 computes the base exactly.
         A = torch.randn(rank, linear.in_features) / linear.in_features ** 0.5
         B = torch.zeros(linear.out_features, rank)
@@ -82,7 +82,7 @@ def add_lora(unet: UNet, rank, targets="all"):
 class MergedLoRA:
     """Writes W_0 + lambda * B A into the UNet's own weights. The updates of several subjects are added.
 
-    The layers stay plain nn.Linear, so a sampling step costs what the base's own step costs.
+    The layers stay plain nn.Linear, so a sampling step costs the same as without LoRA.
     """
 
     def __init__(self, unet: UNet, subjects):
@@ -97,7 +97,7 @@ class MergedLoRA:
 
     @torch.no_grad()
     def set(self, lam):
-        """lambda = 0 restores the base bit for bit. Setting the value that is already set costs nothing."""
+        """lambda = 0 restores the base bit for bit. Nothing is computed if lambda does not change."""
         if lam == self.lam:
             return
         self.lam = None     # until every weight is written

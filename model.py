@@ -3,10 +3,10 @@
     python -c "from model import *; torch.set_default_device('meta'); print(UNet(UNetConfig()))"
 
 Shapes: B clips, T frames, C channels, H height, W width, L text tokens (77), D text width, N any batch.
-Videos are (B, C, T, H, W). Inside the UNet the frames join the batch, (B*T, C, H, W). Layers that look along
-time take them apart again. Pixels are in [-1, 1]. Latents are the VAE's times `latent_factor`.
+Videos are (B, C, T, H, W). Inside the UNet the frames join the batch, (B*T, C, H, W), and layers along time
+separate them again. Pixels are in [-1, 1]. Latents are the VAE's, multiplied by `latent_factor`.
 
-"Upstream" is the public VideoCrafter2 code (AILab-CVC/VideoCrafter). Networks name the file they equal.
+"Upstream" is the public VideoCrafter2 code (AILab-CVC/VideoCrafter). Each network names its file there.
 """
 import math
 import re
@@ -58,7 +58,7 @@ class Attention(nn.Module):
     def forward(self, x, context):
         """x (N, S, C), context (M, L, D) -> (N, S, C). N is a multiple of M.
 
-        The N/M frames of a clip share one row of context. So its keys and values are computed once per clip.
+        The N/M frames of a clip share one row of context, so its keys and values are computed once per clip.
         """
         (N, S, C), M = x.shape, context.shape[0]
         head = C // self.heads
@@ -163,7 +163,7 @@ class TemporalConv(nn.Module):
         for i, (norm, conv) in enumerate(zip(self.norms, self.convs)):
             h = F.silu(norm(h))
             h = self.dropout(h) if i else h
-            # The kernel is 1 wide in H and W. As a 2D convolution over (T, H*W) it is the same, and faster.
+            # The kernel is 1 wide in H and W, so a 2D convolution over (T, H*W) is the same, and faster.
             h = F.conv2d(h, conv.weight[..., 0], conv.bias, padding=(1, 0))
         return (x + h).transpose(1, 2).flatten(0, 1).unflatten(2, (H, W))   # (B*T, C, H, W)
 
@@ -457,7 +457,7 @@ class Decoder(nn.Module):
 
 
 def pixels(picture):
-    """Image or array (..., H, W, 3) uint8 -> (..., 3, H, W) in [-1, 1], which is what the VAE encodes."""
+    """Image or array (..., H, W, 3) uint8 -> (..., 3, H, W) in [-1, 1], as the VAE takes them."""
     return torch.from_numpy(np.array(picture)).movedim(-1, -3) / 127.5 - 1
 
 
@@ -565,7 +565,7 @@ class Tokenizer:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A base: the three networks and the schedule, and the ways between pixels, texts and what the UNet reads
+# A base: the three networks and the schedule, which encode pixels and texts and decode latents
 
 
 class Base:

@@ -1,4 +1,4 @@
-"""Algorithm 1 of CustomCrafter: DDIM with a LoRA weight that is small while motion forms, and large after.
+"""Algorithm 1 of CustomCrafter: DDIM with a LoRA weight that is small while motion forms, then large.
 
     python sample.py --lambda_s 0.4 --lambda_l 0.8 --K 5     # the subject last trained, or the committed one
     python sample.py --subject runs/dog/subject.safetensors --prompt "a V* dog running on the grass" --num 4
@@ -6,7 +6,7 @@
     python sample.py --subject none --prompt "a red star moving left on the sea"       # the base alone
     torchrun --nproc_per_node 4 sample.py --prompts FILE --num_videos 8                # shared by 4 processes
 
-Writes outputs/NAME.mp4 and .gif, and beside them NAME.json with all it takes to make them again.
+Writes outputs/NAME.mp4 and .gif, and beside them NAME.json with everything needed to make them again.
 Shapes: B clips, T frames, L text tokens, D text width; latents z (B, 4, T, h, w), 1/8 of the pixels' size.
 """
 import re
@@ -35,9 +35,9 @@ def ddim_steps(schedule, steps, eta):
     For 50 steps t = 981, 961, ... 1. Upstream lvdm/models/utils_diffusion.py.
     """
     t = (torch.arange(0, NOISE_LEVELS, NOISE_LEVELS // steps) + 1).clamp(max=NOISE_LEVELS - 1)
-    if NOISE_LEVELS % steps:  # upstream's spacing has too many levels then, and cuts off the noisiest
+    if NOISE_LEVELS % steps:  # here upstream's spacing has too many levels, and drops the noisiest
         t = torch.linspace(1, NOISE_LEVELS - 1, steps, dtype=torch.float64).round().long()
-    # Upstream quirk: after the last step comes level 0, not a clean latent (alpha_bar = 1).
+    # Upstream quirk: the last step goes to level 0; the normal form goes to a clean latent (alpha_bar = 1).
     t_next = torch.cat([torch.tensor([0]), t[:-1]])
     alpha_bar, alpha_bar_next = schedule.alpha_bar[t], schedule.alpha_bar[t_next]
     variance = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
@@ -87,7 +87,7 @@ def two_step_schedule(lambda_s, lambda_l, K, steps):
 
 
 def parse_lambdas(text, steps):
-    """"0.4*5,0.4>0.8*10,0.8*35" -> one lambda per step; a>b*n goes from a to b in n steps, or BadInput."""
+    """"0.4*5,0.4>0.8*10,0.8*35" -> one lambda per step; a>b*n is a ramp of n steps. Raises BadInput."""
     lambdas = []
     for ramp in text.replace(" ", "").split(","):
         match = re.fullmatch(r"(-?\d*\.?\d+)(?:>(-?\d*\.?\d+))?\*(\d{1,4})", ramp)
@@ -106,9 +106,9 @@ def generate(base, prompts, seeds, subjects=(), settings=None, lambdas=None, neg
     """B prompts and seeds -> videos (B, T, H, W, 3) uint8, of the base or with one or more Subjects in it.
 
     prompts: texts, or their tokens (B, L). settings: the base's SamplingDefaults, or `dataclasses.replace` of
-    them. lambdas: one per step; by default the settings' two-step schedule. lora: sets lambda; by default the
-    subjects' updates go into the UNet. Clip b's noise follows from its own seed alone. It is drawn on the
-    CPU, so it is the same everywhere.
+    them. lambdas: one per step; by default the settings' two-step schedule. lora: sets lambda; by default, it
+    merges the subjects' updates into the UNet. The noise of clip b follows from its own seed alone, and is
+    drawn on the CPU, so it is the same on every device.
     """
     settings = settings or base.config.sampling
     lambdas = lambdas or two_step_schedule(settings.lambda_s, settings.lambda_l, settings.K, settings.steps)
@@ -144,9 +144,9 @@ def main():
     lambdas = two_step_schedule(settings.lambda_s, settings.lambda_l, settings.K, settings.steps)
     if args.lambdas:
         lambdas = parse_lambdas(args.lambdas, settings.steps)
-        settings.lambda_l = lambdas[-1]  # what --compare shows as constant
+        settings.lambda_l = lambdas[-1]  # the constant lambda of --compare
 
-    # Load the base and the subjects, read the prompts.
+    # Load the base and the subjects, and read the prompts.
     base = open_base(args, process)
     paths = find_subjects(args.subject, base.config.fingerprint)
     subjects = [load_subject(path, base) for path in paths]
@@ -154,28 +154,33 @@ def main():
         raise BadInput("--compare: needs a subject")
     prompts, tokens = pick_prompts(args, settings, subjects)
     tokens_of([args.negative_prompt], [], "--negative_prompt")
-    seed = args.seed if args.seed is not None else secrets.randbelow(2**31)
-    seed = of_all_processes(seed, process)[0]
     if process.rank == 0:
         named = [f"subject {path} ({subject.placeholder} {subject.class_word}, {subject.steps} steps)"
                  for path, subject in zip(paths, subjects)]
-        print(f"{', '.join(named) or 'no subject'}, seed {seed}")
+        print(f"{', '.join(named) or 'no subject'}, seed {args.seed}")
+    variants = [("", subjects, lambdas)]
+    if args.compare:
+        constant = [settings.lambda_l] * settings.steps
+        variants = [("base", [], lambdas), (f"constant {settings.lambda_l:g}", subjects, constant),
+                    ("schedule", subjects, lambdas)]
+    make_videos(args, base, settings, prompts, tokens, variants, process)
 
-    # List the videos to make, with everything that determines their pixels. Skip those that exist.
-    recorded = video_settings(args, settings, base, subjects)
+
+def make_videos(args, base, settings, prompts, tokens, variants, process):
+    """Samples and writes --num videos of each prompt, unless they exist, on all processes together.
+
+    variants: one (label, subjects, lambdas), or for --compare the three that are put side by side.
+    """
+    recorded = video_settings(args, settings, base, variants[-1][1])
     check_same(process, subjects=recorded["subjects"])
     with lock_folder(args.out) if process.rank == 0 else nullcontext():
-        jobs = list_jobs(args, prompts, seed, recorded) if process.rank == 0 else None
+        # List the videos to make, with everything that determines their pixels. Skip those that exist.
+        jobs = list_jobs(args, prompts, recorded) if process.rank == 0 else None
         jobs = of_all_processes(jobs, process)[0]
 
         # Make them, a batch at a time. Neither a batch nor a video depends on the number of processes.
         batches = [jobs[i:i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
         mine, written = batches[process.rank::process.world], []
-        variants = [("", subjects, lambdas)]
-        if args.compare:
-            constant = [settings.lambda_l] * settings.steps
-            variants = [("base", [], lambdas), (f"constant {settings.lambda_l:g}", subjects, constant),
-                        ("schedule", subjects, lambdas)]
         steps = sum(len(batch) for batch in mine) * len(variants) * settings.steps
         with Progress(total=steps, unit="step", disable=process.rank > 0) as bar:
             for number, batch in enumerate(mine, 1):
@@ -191,7 +196,7 @@ def main():
 
 
 def video_settings(args, settings, base, subjects):
-    """What determines the pixels of a video besides its prompt and seed, as its JSON records it."""
+    """Everything besides prompt and seed that determines the pixels of a video, for its JSON."""
     recorded = {name: getattr(settings, name) for name in flag_names(SamplingDefaults)}
     if args.lambdas:
         recorded |= {"lambda_s": None, "lambda_l": None, "K": None}
@@ -203,14 +208,14 @@ def video_settings(args, settings, base, subjects):
                        "compare": args.compare}
 
 
-def list_jobs(args, prompts, seed, recorded):
+def list_jobs(args, prompts, recorded):
     """-> list of (path without suffix, prompt number, settings) of the videos that do not exist yet."""
     endings = [f".{ending}" for ending in args.format]
     endings += ["-frames.png"] * args.compare + ["-process.png"] * args.show_process
     jobs = []
     for n, prompt in enumerate(prompts):
         number = f"{n:03d}-" if args.prompts else ""
-        for k in range(seed, seed + args.num):
+        for k in range(args.seed, args.seed + args.num):
             job = {"prompt": prompt, "seed": k, **recorded}
             if path := free_path(args.out, f"{number}{slug(prompt)}-{k}", job, endings):
                 jobs.append((path, n, job))
@@ -218,7 +223,7 @@ def list_jobs(args, prompts, seed, recorded):
 
 
 def make_batch(args, base, settings, tokens, batch, variants, bar):
-    """Samples and writes the videos of one batch of jobs, in every variant -> the paths written."""
+    """Samples and writes the videos of one batch of jobs, in every variant -> the paths of the files."""
     start, videos, written = time.time(), {}, []
     for label, subjects, lambdas in variants:
         predicted = []  # clean latents (B, 4, T, h, w), one per step
@@ -229,7 +234,7 @@ def make_batch(args, base, settings, tokens, batch, variants, bar):
                 predicted.append(z_0)
 
         prompts = tokens[[n for _, n, _ in batch]]
-        if args.compare and not subjects:  # the base is asked for the class instead of the subject
+        if args.compare and not subjects:  # the base draws the class instead of the subject
             words = [subject["placeholder"] for subject in batch[0][2]["subjects"]]
             prompts = [without_placeholders(job["prompt"], words) for _, _, job in batch]
         seeds = [job["seed"] for _, _, job in batch]
@@ -246,7 +251,7 @@ def make_batch(args, base, settings, tokens, batch, variants, bar):
             video, pictures["frames"] = side_by_side(variants_of_b), sheet(variants_of_b)
         if args.show_process:
             pictures["process"] = sheet({label: clip[b] for label, clip in shown_clips.items()})
-            bar.write(f"{path.name}: {motion_line([z_0[b] for z_0 in predicted], shown)}")
+            bar.write(f"{path.name}: {motion_line([z_0[b] for z_0 in predicted])}")
         job["seconds"] = round((time.time() - start) / len(batch), 2)
         written += save_video(path, video, args.format, settings.save_fps, job, pictures)
     return written
@@ -262,13 +267,15 @@ def parse_args():
     p.add_argument("--base", type=Path, default=default_base(), help="base folder (default: %(default)s)")
     p.add_argument("--subject", action="append", default=[],
                    help="subject.safetensors, its run, or none; repeat for several (default: the newest)")
-    p.add_argument("--prompt", help="what to show; V* stands for the subject")
-    p.add_argument("--prompts", type=Path, help="text file with a prompt or a # comment on each line")
-    p.add_argument("--negative_prompt", default="", help="what to steer away from")
+    prompt = p.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", help="description of the video, in which V* stands for the subject")
+    prompt.add_argument("--prompts", type=Path, help="text file with one prompt or # comment on each line")
+    p.add_argument("--negative_prompt", default="", help="description to steer away from")
     add_flags(p, SamplingDefaults)
     p.add_argument("--lambdas", default="",
                    help='instead of these three: "0.4*5,0.4>0.8*10,0.8*35"; a>b*n is a ramp of n steps')
-    p.add_argument("--seed", type=int, help="of a prompt's first video; others count up (default: random)")
+    p.add_argument("--seed", type=int, default=secrets.randbelow(2**31),
+                   help="of a prompt's first video; the others count up (default: random)")
     p.add_argument("--num", "--num_videos", dest="num", type=int, default=1,
                    help="videos of each prompt; under torchrun write --num_videos (default: %(default)s)")
     p.add_argument("--batch_size", type=int, default=1, help="videos sampled at once (default: %(default)s)")
@@ -284,10 +291,8 @@ def parse_args():
     check_out(args.out)
     if "mp4" in args.format:
         check_ffmpeg("--format mp4", "or pass --format gif")
-    if args.prompt and args.prompts:
-        raise BadInput("--prompts: replaces --prompt; give only one of them")
     if args.lambdas and not (args.lambda_s is args.lambda_l is args.K is None):
-        raise BadInput("--lambdas: replaces --lambda_s, --lambda_l and --K; leave those out")
+        raise BadInput("--lambdas: replaces --lambda_s, --lambda_l and --K; give only one of them")
     return args
 
 

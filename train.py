@@ -11,8 +11,8 @@ OUT/preview.png. V* and the pairs (A, B) are trained, 96 for VideoCrafter2. Ever
 Shapes: B subject clips per process and as many prior clips, T frames, L text tokens, D text width;
 latents z (B, 4, T, h, w), 8 times smaller than pixels.
 """
-import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from data import Samples, load_photos, load_prior, still_video
 from lora import add_lora, class_embedding
 from sample import generate
-from support.cli import (BadInput, FlagParser, Progress, check_out, join_processes, mean_over_processes,
-                         run_script, stop_signals)
+from support.cli import (BadInput, FlagParser, Progress, join_processes, mean_over_processes, run_script,
+                         stop_signals)
 from support.config import (SamplingDefaults, TrainingDefaults, add_flags, add_speed_flags, check_flags,
                             check_sampling, check_words, load_config, loss_weights, with_flags)
 from support.files import Subject, default_base, open_base, pick_images
@@ -32,7 +32,7 @@ from support.runs import (LiveLoRA, Log, best_effort, load_training, lock_run, p
 
 
 class SubjectLoss(nn.Module):
-    """The losses of Eq. 1 and Eq. 3. Its parameters are exactly what is trained: V* and the updates A, B."""
+    """The losses of Eq. 1 and Eq. 3. Its parameters are exactly the trained ones: V* and the updates A, B."""
 
     def __init__(self, base, v_star, layers, num_frames, fps):
         super().__init__()
@@ -77,9 +77,9 @@ class SubjectLoss(nn.Module):
 def fit(loss, next_batch, optimizer, first_step, training, process, after_step):
     """Trains `loss` up to training.steps, under DistributedDataParallel if there are several processes.
 
-    next_batch(step, micro_step) returns what `loss` takes. after_step(step, losses, grad_norm) logs, saves
-    and previews; on every process it returns the same True to stop early. Raises BadInput, before the
-    weights change, if the gradient is not finite.
+    next_batch(step, micro_step) returns the arguments of `loss`. after_step(step, losses, grad_norm) logs,
+    saves and previews; to stop early, it returns True on every process. Raises BadInput, before the weights
+    change, if the gradient is not finite.
     """
     model = DistributedDataParallel(loss) if process.world > 1 else loss
     for step in range(first_step, training.steps + 1):
@@ -115,7 +115,7 @@ def main():
     if training.alpha:
         prior, prior_files = encode_prior(args, out, base, training, sampling, process)
 
-    # Create what is trained: V*, which starts as the class word, and the updates of the spatial attention.
+    # Create the parameters: V*, which starts as the class word, and the updates of the spatial attention.
     torch.manual_seed(args.seed)    # the same start on every process
     layers = add_lora(base.unet, training.rank, args.targets)
     v_star = class_embedding(base.text_encoder, args.class_word)
@@ -126,7 +126,7 @@ def main():
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=training.weight_decay)
     base.unet.grad_checkpointing = args.grad_checkpointing
 
-    # Continue from a save, if asked. A save needs no random state, because a sample follows from its number.
+    # Resume from a save, if asked. It needs no random state, because a sample follows from its number.
     settings = run_settings(args, training, sampling, base, photos, prior_files, process)
     lora = {name: (layer.lora_A, layer.lora_B) for name, layer in layers.items()}
     subject = Subject(args.placeholder, args.class_word, config.name, base.config.fingerprint, 0, settings,
@@ -134,12 +134,6 @@ def main():
     done = load_training(last_save, subject, optimizer, training.steps) if last_save else 0
     samples = Samples(photos, args.placeholder, args.class_word, prior, args.seed, training, sampling,
                       config.vae.factor, not args.no_flip)
-
-    def next_batch(step, micro_step):
-        """This process's share of the samples, as SubjectLoss takes them."""
-        share = ((step - 1) * training.grad_accum + micro_step) * process.world + process.rank
-        B = training.batch_size
-        return [x.to(process.device) for x in samples.batch(range(share * B, (share + 1) * B))]
 
     def after_step(step, losses, grad_norm):
         subject.steps = step
@@ -154,24 +148,23 @@ def main():
 
     with lock_run(out, last_save, process.rank), stop_signals(process) as asked_to_stop:
         log = Log(out, done, training.steps, process.rank)
-        fit(loss, next_batch, optimizer, done + 1, training, process, after_step)
+        fit(loss, partial(samples.share, process), optimizer, done + 1, training, process, after_step)
         log.close(subject)
 
 
 def scaled_lr(training, process):
-    """--lr times all clips of a step, subject and prior, as the authors' release does; or --lr itself."""
+    """--lr times all clips of a step, subject and prior, as in the authors' release, or --lr as it is."""
     clips = process.world * training.batch_size * training.grad_accum * (2 if training.alpha else 1)
     lr = training.lr * clips if training.scale_lr else training.lr
     if process.rank == 0:
-        source = f" = {training.lr:.3e} x {clips} clips" if training.scale_lr else ""
-        print(re.sub(r"\.?0*e-0?", "e-", f"learning rate {lr:.3e}{source}"))   # 2.4e-4 = 3e-5 x 8 clips
+        print(f"learning rate {lr:g}" + (f" = {training.lr:g} x {clips} clips" if training.scale_lr else ""))
     return lr
 
 
 def draw_preview(out, base, subject, layers, sampling):
-    """Adds a row to OUT/preview.png: the default prompt, with the same two seeds each time.
+    """Adds a row to OUT/preview.png: videos of the default prompt, with the same two seeds each time.
 
-    Too many steps freeze the motion. The preview shows when, and an earlier save may be better.
+    Too many steps freeze the motion. The preview shows when that begins, so that an earlier save can be used.
     """
     prompt, lora = sampling.prompt_for([subject]), LiveLoRA(layers)
     with best_effort(f"the preview of step {subject.steps} was not drawn"):
@@ -188,13 +181,13 @@ def draw_preview(out, base, subject, layers, sampling):
 
 def encode_prior(args, out, base, training, sampling, process):
     """The class prior, encoded once -> (latents (n, 4, T, h, w), contexts (n, L, D), the empty text's context
-    (L, D)), and what identifies it. T = 1 if all of it is still.
+    (L, D)), and the captions and crc32s that identify it. T = 1 if it has pictures only.
     """
     class_caption, folder = f"a {args.class_word}", args.prior
     if folder is None:
-        of_prior = replace(sampling, frames=sampling.frames if args.prior_motion else 1)
-        folder = prior_folder(out, base, of_prior, args.class_word)
-        generate_prior(folder, class_caption, training.num_prior, of_prior, base, process)
+        settings = sampling if args.prior_motion else replace(sampling, frames=1)
+        folder = prior_folder(out, base, settings, args.class_word)
+        generate_prior(folder, class_caption, training.num_prior, settings, base, process)
     prior = load_prior(folder, training.num_prior, sampling.frames, sampling.height, sampling.width)
     if process.rank == 0:
         print(f"prior {folder}: {len(prior)} pictures or clips of {class_caption}")
@@ -212,16 +205,16 @@ def encode_prior(args, out, base, training, sampling, process):
 
 
 def generate_prior(folder, caption, number, sampling, base, process):
-    """Generates the missing ones of `number` pictures or clips.
+    """Generates those of `number` pictures or clips that are missing.
 
     Batches never change, because batch composition affects rounding. The paper takes 200 pictures from
-    LAION-400M; a folder of such pictures goes to --prior.
+    LAION-400M instead; --prior reads a folder of such pictures.
     """
     ending = "mp4" if sampling.frames > 1 else "png"
     path = lambda k: folder / f"{k:04d}.{ending}"
     size = max(1, 8 // sampling.frames)
     batches = [range(i, i + size) for i in range(0, number, size)]
-    with prior_writer(folder, process, number):
+    with prior_writer(folder, process):
         mine = batches[process.rank::process.world]
         for batch in Progress(mine, desc="prior", unit="batch", disable=process.rank > 0):
             missing = [k for k in batch if k < number and not path(k).exists()]
@@ -235,14 +228,14 @@ def generate_prior(folder, caption, number, sampling, base, process):
 
 
 def parse_args():
-    """-> the flags, and the base's config with the flags in place of its defaults. Raises BadInput."""
+    """-> the flags, and the base's config, whose defaults they override. Raises BadInput."""
     p = FlagParser(description="Learn a subject from photos (CustomCrafter, Eq. 1-4).",
                    epilog="A flag that is not given takes its value from the base's config.json.")
     p.add_argument("--base", type=Path, default=default_base(), help="base folder (default: %(default)s)")
     p.add_argument("--images", help="folder with 4 to 6 photos; NAME.txt beside NAME.jpg is its caption")
-    p.add_argument("--class_word", default="", help="what the photos show, such as dog; V* starts from it")
+    p.add_argument("--class_word", default="", help="class of the subject, such as dog; V* starts from it")
     p.add_argument("--placeholder", default="V*", help="how prompts name the subject (default: %(default)s)")
-    p.add_argument("--no_flip", action="store_true", help="never mirror a photo: for text, for asymmetry")
+    p.add_argument("--no_flip", action="store_true", help="never mirror a photo, such as one with text")
     p.add_argument("--targets", choices=["all", "cross"], default="all",
                    help="LoRA on all spatial attention, or on its cross-attention alone (paper, Table 2)")
     p.add_argument("--word_lr", type=float, help="learning rate of V* (default: --lr)")
@@ -251,16 +244,14 @@ def parse_args():
     add_flags(p, TrainingDefaults)
     add_flags(p, SamplingDefaults, only=("height", "width", "fps"))
     add_speed_flags(p, ["float32", "bfloat16"], training=True)
-    p.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
-    p.add_argument("--out", type=Path, help="folder to write into (default: runs/NAME, as the photo folder)")
-    p.add_argument("--keep_last", type=int, default=3, help="saves that stay (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="of all random numbers (default: %(default)s)")
+    p.add_argument("--out", type=Path, help="folder to write into (default: runs/NAME of the photo folder)")
+    p.add_argument("--keep_last", type=int, default=3, help="newest saves to keep (default: %(default)s)")
     p.add_argument("--resume", help="continue a run: its folder, one of its saves, or latest")
     args = p.parse_args()
     check_words(args)
     check_flags(args, SamplingDefaults, TrainingDefaults,
                 word_lr=(0, 1), seed=(0, 2**31), keep_last=(1, 10**7))
-    if args.out:
-        check_out(args.out)
     pick_images(args)
     config = load_config(args.base)
     config.training = with_flags(config.training, args)

@@ -5,18 +5,18 @@
     python paper/baselines.py dreamvideo --images photos/dog --class_word dog           # Wei et al. 2024
     python paper/baselines.py sample --subject runs/dog-dreamvideo --prompt "a V* dog running on the grass"
 
-Of DreamVideo, this is the subject learning. Both methods have the settings that their authors published, and
-no rate is scaled. They save and resume as train.py does, but draw no previews. A subject of Custom Diffusion
-is an ordinary one, to be sampled at full strength. DreamVideo's adapters are not linear, so they cannot be
-merged into weights. Its subjects have a file of their own, and the last command samples them.
+DreamVideo's motion learning is not here. Both methods use the settings that their authors published, and no
+rate is scaled. They save and resume like train.py, but draw no previews. A subject of Custom Diffusion is
+sampled by sample.py, at full strength. DreamVideo's adapters are not linear, so they cannot be merged into
+weights; its subjects have a file format of their own, which the last command reads.
 
 Shapes: B clips, T frames, L text tokens, D text width; N any batch, S positions, C channels.
 """
 import json
-import secrets
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -31,10 +31,9 @@ import train
 from data import Samples, load_photos, still_video
 from lora import class_embedding, spatial_blocks
 from model import pixels, zeroed
-from support.cli import (BadInput, FlagParser, Progress, join_processes, lock_folder, run_script,
-                         stop_signals)
+from support.cli import BadInput, FlagParser, join_processes, run_script, stop_signals
 from support.config import check_sampling, load_config, with_flags
-from support.files import Subject, check_base, open_base, open_safetensors
+from support.files import Subject, load_subject, open_base
 from support.runs import (Log, header_of, load_training, lock_run, pick_run, run_settings, save_training,
                           steps_done)
 from support.texts import pick_prompts
@@ -67,7 +66,7 @@ class FullLinear(nn.Module):
 
 
 def add_full_linears(unet):
-    """Puts one around to_k and to_v of every cross-attention, 32 in VideoCrafter2 -> name -> FullLinear."""
+    """Puts a FullLinear around to_k and to_v of every cross-attention, 32 in VideoCrafter2 -> by name."""
     layers = {}
     for block in spatial_blocks(unet):
         for name in (f"{block}.attn2.to_k", f"{block}.attn2.to_v"):
@@ -93,7 +92,7 @@ class CustomDiffusionLoss(SubjectLoss):
 
 
 class RescaledSamples(Samples):
-    """Custom Diffusion's samples: a photo is shrunk or enlarged, and its caption says so."""
+    """Custom Diffusion's samples: each photo is shrunk or enlarged, and its caption mentions it."""
 
     def batch(self, numbers):
         """As Samples, with the loss masks (B, h, w) after the tokens."""
@@ -106,9 +105,9 @@ class RescaledSamples(Samples):
     def rescaled(self, i):
         """Sample number i -> image (3, H, W), caption, loss mask (h, w).
 
-        A photo at less than 0.6 of its size lies somewhere on grey. There the loss counts inside the photo,
-        one latent cell away from its edge. The mask's mean is 1, so that the mean over the clip becomes the
-        mean over the cells that count.
+        A photo at less than 0.6 of its size is placed on grey, at random. Then the loss counts only inside
+        the photo, one latent cell away from its edge. The mask's mean is 1, so that the mean over the clip
+        becomes the mean over the cells that count.
         """
         photo, rng = self.photo_of(i), np.random.default_rng((self.seed, 1, i))
         caption = photo.caption or f"photo of a {self.subject_words}"
@@ -212,27 +211,18 @@ class DreamVideoSubject(Subject):
         del metadata["layers"], metadata["lora_alpha"]
         return metadata
 
+    @torch.no_grad()
+    def read_layers(self, metadata, tensors, unet):
+        if self.settings.get("targets") != "dreamvideo":
+            raise ValueError("adapters; sample.py takes the subjects of other methods")
+        self.adapters = new_adapters(unet) if self.settings["stage"] == 2 else {}
+        for name, value in self.tensors().items():
+            value.copy_(tensors[name])
 
-@torch.no_grad()
+
 def load_dreamvideo(path, base):
     """A subject.safetensors of DreamVideo -> DreamVideoSubject for this base. Raises BadInput."""
-    with open_safetensors(path) as file:
-        metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    settings = json.loads(metadata.get("settings", "{}"))
-    if settings.get("targets") != "dreamvideo":
-        raise BadInput(f"{path}: not a subject of DreamVideo; sample.py takes the others")
-    subject = DreamVideoSubject(metadata["placeholder"], metadata["class_word"], metadata["base_name"],
-                                metadata["base_fingerprint"], int(metadata["steps"]), settings,
-                                tensors["v_star"])
-    check_base(path, subject, base)
-    subject.adapters = new_adapters(base.unet) if settings["stage"] == 2 else {}
-    if subject.tensors().keys() == tensors.keys():
-        for name, value in subject.tensors().items():
-            value.copy_(tensors[name])
-    if subject.fingerprint() != metadata.get("fingerprint"):
-        raise BadInput(f"{path}: its content is not what was saved; the file is damaged, copy it again")
-    subject.v_star = subject.v_star.to(base.device)
-    return subject
+    return load_subject(path, base, DreamVideoSubject)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -260,15 +250,9 @@ def learn_subject(args, config):
     settings = run_settings(args, training, sampling, base, photos, prior_files, process)
     settings |= {"stage": saved.get("stage", 1), "word_steps": args.word_steps}
     metadata = (args.placeholder, args.class_word, config.name, base.config.fingerprint, 0, settings)
-    samples_of = RescaledSamples if args.targets == "custom_diffusion" else Samples
-    samples = samples_of(photos, args.placeholder, args.class_word, prior, args.seed, training, sampling,
-                         config.vae.factor, not args.no_flip)
-
-    def next_batch(step, micro_step):
-        """This process's share of the samples, as the losses take them."""
-        share = ((step - 1) * training.grad_accum + micro_step) * process.world + process.rank
-        B = training.batch_size
-        return [x.to(process.device) for x in samples.batch(range(share * B, (share + 1) * B))]
+    kind = RescaledSamples if args.targets == "custom_diffusion" else Samples
+    samples = kind(photos, args.placeholder, args.class_word, prior, args.seed, training, sampling,
+                   config.vae.factor, not args.no_flip)
 
     def train_stage(loss, parameters, last_step):
         """Trains up to `last_step`, from the save if it is of this stage, otherwise from subject.steps."""
@@ -284,8 +268,8 @@ def learn_subject(args, config):
                 save_training(out, subject, optimizer, args.keep_last)
             return stop
 
-        of_stage = replace(training, steps=last_step)
-        train.fit(loss, next_batch, optimizer, subject.steps + 1, of_stage, process, after_step)
+        train.fit(loss, partial(samples.share, process), optimizer, subject.steps + 1,
+                  replace(training, steps=last_step), process, after_step)
 
     with lock_run(out, last_save, process.rank), stop_signals(process) as asked_to_stop:
         log = Log(out, steps_done(last_save) if last_save else 0, training.steps, process.rank)
@@ -320,24 +304,18 @@ def learn_subject(args, config):
 
 def sample_subject(args):
     """Writes videos of a DreamVideo subject, with the names and JSONs that sample.py would give them."""
-    config, path = load_config(args.base), Path(args.subject[0])
+    process, config, path = join_processes(), load_config(args.base), Path(args.subject[0])
     settings = replace(with_flags(config.sampling, args), K=0)
     args.lambdas = f"1*{settings.steps}"    # full strength, as the JSONs record
     check_sampling(config, settings)
-    base = open_base(args, join_processes())
-    subject = load_dreamvideo(path / "subject.safetensors" if path.is_dir() else path, base)
+    base = open_base(args, process)
+    path = path / "subject.safetensors" if path.is_dir() else path
+    subject = load_dreamvideo(path, base)
+    print(f"subject {path} ({subject.placeholder} {subject.class_word}, {subject.steps} steps)")
     prompts, tokens = pick_prompts(args, settings, [subject])
-    seed = args.seed if args.seed is not None else secrets.randbelow(2**31)
-    print(f"subject {path} ({subject.placeholder} {subject.class_word}, {subject.steps} steps), seed {seed}")
-    recorded = sample.video_settings(args, settings, base, [subject])
-    variants, written = [("", [subject], [1.0] * settings.steps)], []
-    with lock_folder(args.out), inserted_adapters(base.unet, subject.adapters):
-        jobs = sample.list_jobs(args, prompts, seed, recorded)
-        with Progress(total=len(jobs) * settings.steps, desc="sample", unit="step") as bar:
-            for i in range(0, len(jobs), args.batch_size):
-                batch = jobs[i:i + args.batch_size]
-                written += sample.make_batch(args, base, settings, tokens, batch, variants, bar)
-    print("wrote " + (" ".join(map(str, written)) or "nothing"))
+    variants = [("", [subject], [1.0] * settings.steps)]
+    with inserted_adapters(base.unet, subject.adapters):
+        sample.make_videos(args, base, settings, prompts, tokens, variants, process)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -371,8 +349,8 @@ def main():
         config.training = replace(config.training, scale_lr=False, caption_dropout=0.0)
         args.targets, args.word_steps = own.command, vars(own).get("word_steps")
         if not 0 <= (args.word_steps or 0) <= args.steps:
-            raise BadInput(f"--word_steps {args.word_steps}: should be from 0 to --steps, which is "
-                           f"{args.steps}; the adapters are trained in the steps after")
+            raise BadInput(f"--word_steps {args.word_steps}: must be from 0 to --steps, which is "
+                           f"{args.steps}; the adapters are trained in the other steps")
         learn_subject(args, config)
 
 

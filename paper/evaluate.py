@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageSequence
 from safetensors.torch import load_file
 
 from data import PICTURES, load_picture, read_folder
@@ -46,7 +46,7 @@ def main():
     photos = [photo for _, photo in pictures]
     clip, dino = load_clip(args.clip, device), load_dino(args.dino, device)
 
-    # The photos' features once, then every video against them.
+    # Compute the photos' features once, and compare every video with them.
     clip_photos, dino_photos = clip.images(photos), dino.images(photos)                     # (N, D) each
     rows = []
     for path, job in Progress(videos, desc="evaluate", unit="video"):
@@ -60,7 +60,7 @@ def main():
         row["motion"] = motion(video)
         rows.append(row)
 
-    # The motion of the base with the same text and seed, beside each video's own.
+    # Put the motion of the base with the same text and seed beside each video's own.
     of_base = {(row["text"], row["seed"]): row["motion"] for row in rows if not row["subjects"]}
     for path, job in base_videos:
         row = describe(path, job)
@@ -88,10 +88,10 @@ def motion(video, width=128, block=16, reach=8, explained=0.5, visible=2.0):
     """How far things move between frames: (T, H, W, 3) uint8 -> mean over blocks, in percent of the
     picture's width.
 
-    Each block of 16 pixels (of a picture at most 128 wide) is looked for in the next frame, up to 8 pixels
+    Each block of 16 pixels (of a picture at most 128 wide) is searched in the next frame, up to 8 pixels
     away, and compared up to brightness and contrast. A displacement counts only if it more than halves the
-    block's residual. So noise that is drawn anew for each frame, flicker, and changes below 2 grey levels
-    count as no motion.
+    block's residual, so independent noise in each frame, flicker, and changes below 2 grey levels count as no
+    motion.
     """
     if len(video) < 2:
         return None
@@ -176,7 +176,7 @@ def load_weights(model, path, flag, repository, file):
             model.load_state_dict(load_file(path))
         else:
             model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # pickle, zip, TorchScript, safetensors and the disk each raise their own
+    except Exception as error:  # pickle, zip, TorchScript and safetensors each raise errors of their own
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{flag} {path}: not the weights of this model ({reason}); they are {file} of "
                        f"{repository}") from None
@@ -208,13 +208,16 @@ def find_videos(folders):
 def read_video(path, job):
     """mp4 or gif -> video (T, H, W, 3). Raises BadInput if it cannot be read, or has lost frames."""
     import imageio.v3 as iio
-    reader = {"plugin": "FFMPEG"} if path.suffix == ".mp4" else {"plugin": "pillow", "mode": "RGB"}
     try:
-        video = iio.imread(path, **reader)
+        if path.suffix == ".mp4":
+            video = iio.imread(path, plugin="FFMPEG")
+        else:       # imageio would let Pillow open other formats too, and run PostScript
+            with Image.open(path, formats=["GIF"]) as gif:
+                video = np.stack([frame.convert("RGB") for frame in ImageSequence.Iterator(gif)])
         if len(video) != job.get("frames", len(video)):
             raise ValueError(f"it has {len(video)} of {job['frames']} frames")
         return video
-    except Exception as error:  # imageio's plugins each raise their own
+    except Exception as error:  # imageio's plugins each raise errors of their own
         if path.suffix == ".mp4":
             check_ffmpeg(path, "or move the mp4 away if its gif will do")
         raise BadInput(f"{path}: not a readable video ({one_line(error)}); "
@@ -222,7 +225,7 @@ def read_video(path, job):
 
 
 def describe(path, job):
-    """What identifies a video. Its text has the class word in place of V*, which CLIP cannot read."""
+    """The row of a video. Its text is the prompt without V*, which CLIP cannot read."""
     text = without_placeholders(job["prompt"], [subject["placeholder"] for subject in job["subjects"]])
     return {"folder": str(path.parent), "video": path.name, "text": text, "seed": job["seed"],
             "subjects": " ".join(subject["class_word"] for subject in job["subjects"])}

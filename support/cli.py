@@ -1,11 +1,7 @@
-"""What every script does around its work: one-line errors, processes and devices, signals, whole files.
-
-Nothing to run here, and nothing of the paper. A reader of the method may skip this page.
-"""
+"""What every script needs around its work: one-line errors, processes, devices, signals and atomic files."""
 import argparse
 import errno
 import os
-import re
 import shutil
 import signal
 import sys
@@ -24,25 +20,21 @@ ROOT = Path(__file__).parent.parent
 
 
 class BadInput(Exception):
-    """A mistake that the user can mend. Its message names the file or flag, and the remedy."""
-
-
-class Stopped(KeyboardInterrupt):
-    """SIGTERM or SIGHUP arrived. Like Ctrl-C, it ends the script where it is."""
+    """A mistake that the user can correct. Its message names the file or flag, and the remedy."""
 
 
 def run_script(main):
-    """Runs `main()`. A mistake of the user becomes one line on stderr and exit code 2.
+    """Runs `main()`. A user's mistake becomes one line on stderr and exit code 2.
 
     A stop signal ends the process by that signal, so that the exit code reports it (130, 143 or 129). Any
-    other error shows Python's traceback: in code that is meant to be changed, the traceback is the help.
+    other error shows Python's traceback, because it helps whoever changes this code.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's streams cannot be reconfigured
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
     warnings.formatwarning = lambda message, *_: f"warning: {one_line(message)}\n"
-    for number in stop_numbers() - {signal.SIGINT}:
-        signal.signal(number, raise_stopped)
+    for number in stop_numbers():
+        signal.signal(number, raise_interrupt)
     try:
         main()
         if dist.is_initialized():
@@ -50,17 +42,17 @@ def run_script(main):
     except KeyboardInterrupt as stop:
         with suppress(OSError):  # after SIGHUP the terminal is gone
             print("stopped", file=sys.stderr)
-        number = stop.args[0] if isinstance(stop, Stopped) else signal.SIGINT
+        number = stop.args[0] if stop.args else signal.SIGINT
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
     except Exception as error:
         message = one_line(error)
         if isinstance(error, OSError) and error.filename:
             message = f"{error.filename}: {message}"
-        # For a CPU, only the text of PyTorch's error shows that there was too little memory.
+        # On a CPU, PyTorch raises a RuntimeError, whose text alone shows that memory ran out.
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in message:
-            message = (f"out of memory ({message}); fewer --frames, a smaller --height and --width, "
-                       f"--batch_size 1, and in training --grad_checkpointing need less")
+            message = (f"out of memory ({message}); use fewer --frames, a smaller --height and --width, "
+                       f"--batch_size 1, or in training --grad_checkpointing")
         elif not isinstance(error, (BadInput, OSError)):
             raise
         print(f"error: {message}", file=sys.stderr)
@@ -68,17 +60,17 @@ def run_script(main):
 
 
 def stop_numbers():
-    """The signals that ask a script to stop. One that is ignored, as SIGHUP is under nohup, stays ignored."""
+    """The signals that ask a script to stop, except those that are ignored, as SIGHUP is under nohup."""
     numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}    # not on Windows
     return {number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN}
 
 
-def raise_stopped(number, frame):
-    raise Stopped(number)
+def raise_interrupt(number, frame):
+    raise KeyboardInterrupt(number)
 
 
 def one_line(error):
-    """The first line of an error's message, without an error number."""
+    """The first line of an error's message, without the system's error number."""
     text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
     return text if isinstance(error, BadInput) else text.splitlines()[0]
 
@@ -95,23 +87,16 @@ class Progress(tqdm):
     every = 30.0
 
     def __init__(self, *args, **kwargs):
-        self.plain, self.last_shown = not sys.stderr.isatty(), kwargs.get("initial", 0)
-        if self.plain:
-            kwargs |= {"bar_format": "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
-                       "mininterval": self.every, "leave": False}
+        self.on_terminal = sys.stderr.isatty()
+        if not self.on_terminal:
+            kwargs["mininterval"] = self.every
         super().__init__(*args, **kwargs)
 
     def display(self, msg=None, pos=None):
-        if not self.plain:
+        if self.on_terminal:
             super().display(msg, pos)
-        elif msg is None and self.n > self.last_shown:
-            self.last_shown = self.n
-            print(f"{self.desc.removesuffix(': ')}: {self}", file=self.fp, flush=True)
-
-    def close(self):
-        if self.plain and not self.disable:
-            self.display()
-        super().close()
+        else:
+            print(self, file=self.fp, flush=True)
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -120,7 +105,7 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def check_out(out):
-    """--out is a folder, or can become one, that may be written to. Raises BadInput."""
+    """Raises BadInput unless --out is a folder, or can become one, in which files may be written."""
     nearest = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
     if not nearest.is_dir():
         raise BadInput(f"--out {out}: {nearest} is a file; name a folder")
@@ -146,12 +131,12 @@ def join_processes():
     Raises BadInput if this machine has fewer devices than processes.
     """
     if not dist.is_torchelastic_launched():
-        if os.environ.get("RANK"):  # a container or an older shell may have left it behind
-            rank = os.environ["RANK"]
+        rank = os.environ.get("RANK")   # a container or an older shell may have set it
+        if rank:
             print(f"RANK={rank} is set, but torchrun did not start this process; it works alone")
         return Process(0, 1, pick_device(0))
     device = pick_device(int(os.environ["LOCAL_RANK"]))
-    # While one process draws a preview, the others wait.
+    # The others wait while one process draws a preview, so PyTorch's 30 minutes may be too short.
     dist.init_process_group(timeout=timedelta(hours=24), device_id=device if device.type == "cuda" else None)
     return Process(dist.get_rank(), dist.get_world_size(), device)
 
@@ -161,8 +146,7 @@ def pick_device(local_rank):
         return torch.device("cpu")
     kind, number = torch.accelerator.current_accelerator().type, torch.accelerator.device_count()
     if local_rank >= number:
-        raise BadInput(f"--nproc_per_node: is more than the {number} {kind} devices here; "
-                       f"one process needs one device")
+        raise BadInput(f"--nproc_per_node: is more than the {number} {kind} devices of this machine")
     if number > 1:
         torch.accelerator.set_device_index(local_rank)
     return torch.device(kind, local_rank)
@@ -178,12 +162,12 @@ def of_all_processes(value, process):
 
 
 def check_same(process, **values):
-    """Every process has the same values. Raises BadInput: nodes may see other files under the same names."""
-    for rank, theirs in enumerate(of_all_processes(values, process)):
+    """Raises BadInput if the values differ, because nodes may have other files under the same names."""
+    for rank, others in enumerate(of_all_processes(values, process)):
         for name, value in values.items():
-            if theirs[name] != value:
+            if others[name] != value:
                 raise BadInput(f"the processes differ in their {name}: rank {process.rank} has {value}, rank "
-                               f"{rank} has {theirs[name]}; give every node the same")
+                               f"{rank} has {others[name]}; give every node the same")
 
 
 def mean_over_processes(x, process):
@@ -198,10 +182,10 @@ def wait_for_all(process):
 
 
 def pick_precision(precision, device, training=False):
-    """What "auto" means here: bfloat16 on a device that has it, else float16 to sample and float32 to train.
+    """Resolves "auto": bfloat16 on a GPU that has it, otherwise float16 to sample and float32 to train.
 
-    Emulated bfloat16 does not count: it is slower than float32. Training without a scaled loss would lose its
-    small gradients in float16. Apple's devices take float32.
+    CPUs and Apple's devices use float32. Emulated bfloat16 does not count, because it is slower than float32.
+    Training avoids float16, in which small gradients vanish unless the loss is scaled.
     """
     if precision != "auto":
         return precision
@@ -216,19 +200,19 @@ def pick_precision(precision, device, training=False):
 def stop_signals(process):
     """Yields a function, called by all processes, that returns True once any of them got a stop signal.
 
-    The block can then save. After it, the processes wait for each other, and that signal ends them all. A
-    second Ctrl-C ends the script at once. A second SIGTERM does not, because a scheduler may send one and
+    The block can then save. After it, the processes wait for each other, and the signal ends them all. A
+    second Ctrl-C ends the script at once, but a second SIGTERM does not, because a scheduler may send one and
     torchrun another.
     """
-    received, agreed = [], []
+    received, agreed = [], []   # a process may agree to a Ctrl-C before it receives that one itself
 
     def note(number, frame):
         if number == signal.SIGINT and number in received:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         received.append(number)
 
     def asked_to_stop():
-        number = torch.tensor(received[0] if received else 0, device=process.device)
+        number = torch.tensor(max(received, default=0), device=process.device)
         if process.world > 1:
             dist.all_reduce(number, dist.ReduceOp.MAX)
         if number:
@@ -243,11 +227,11 @@ def stop_signals(process):
         for number, handler in before.items():
             signal.signal(number, handler)
     if agreed:
-        raise Stopped(agreed[0])
+        raise KeyboardInterrupt(agreed[0])
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Files that appear whole or not at all, in a folder with one writer
+# Files that appear whole or not at all, in a folder that one run writes into
 
 
 @contextmanager
@@ -255,7 +239,7 @@ def atomic_write(path):
     """Yields a temporary path in the same folder, which replaces `path` if the block ends without an error.
 
     So a reader finds the old file or the new one, never half of one, even after a kill or a power cut. The
-    block may make a folder instead, where there was none. Raises BadInput if the disk is full.
+    block may make a folder instead, if none exists there. Raises BadInput if the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
@@ -264,8 +248,8 @@ def atomic_write(path):
         make_durable(temporary)
         os.replace(temporary, path)
     except Exception as error:
-        # PyTorch and safetensors report a full disk by errors of their own.
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        # PyTorch and safetensors raise errors without an errno if the disk is full.
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         if full or shutil.disk_usage(path.parent).free < 2**20:
             raise BadInput(f"{path}: the disk is full; make room, or name another --out") from None
         if isinstance(error, BadInput):
@@ -276,7 +260,7 @@ def atomic_write(path):
 
 
 def make_durable(path):
-    """Flushes a file, or a folder's files, to the disk, with the permissions that the umask asks for."""
+    """Flushes a file, or a folder's files, to the disk, and gives it the permissions of the umask."""
     umask = os.umask(0)
     os.umask(umask)
     for file in path.iterdir() if path.is_dir() else [path]:
@@ -306,7 +290,7 @@ def lock_folder(folder, wait=False):
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        remedy = f"if none is, as after a kill on another machine, delete {file}"
+        remedy = f"if that run was killed on another machine, delete {file}"
         if not wait:
             raise BadInput(f"{folder}: another run is writing there; wait for it, or name another folder; "
                            f"{remedy}") from None
@@ -315,18 +299,9 @@ def lock_folder(folder, wait=False):
     except (OSError, NotImplementedError) as error:
         warn(f"{file}: this file system has no locks ({one_line(error)}); start no other run in that folder")
     try:
-        for path in folder.glob(".tmp-*") if lock.is_locked else []:
-            if re.fullmatch(r"\.tmp-\d+-.+", path.name):
-                with suppress(OSError):     # another process may still read it
-                    remove(path)
+        for path in folder.glob(".tmp-[0-9]*-*") if lock.is_locked else []:
+            with suppress(OSError):     # another process may still read it
+                remove(path)
         yield
     finally:
         lock.release()
-
-
-def leave_processes(process):
-    wait_for_all(process)
-
-
-def of_rank_0(value, process):
-    return of_all_processes(value, process)[0]

@@ -1,8 +1,8 @@
-"""A base's config.json: every number that a base has, and where that number comes from; flags in their place.
+"""The numbers of a base, with their sources, and the flags that override them.
 
-Nothing to run here. The defaults are VideoCrafter2's. Another base has other numbers in its config.json; an
-entry that its config.json lacks has the default here. "Paper" is CustomCrafter, "release" the authors' code
-(paper/README.md compares the two), "upstream" is VideoCrafter2's code.
+The defaults are VideoCrafter2's. Another base has other numbers in its config.json, which lists only those
+that differ. "Paper" is CustomCrafter, "release" is its authors' code (paper/README.md compares the two), and
+"upstream" is VideoCrafter2's code.
 """
 import argparse
 import json
@@ -17,7 +17,7 @@ from support.cli import BadInput, one_line
 
 
 def flag(default, low, high, text):
-    """A number that is also a flag: its default, what it may be, and what --help prints."""
+    """A number that is also a flag: its default, its range, and its help text."""
     return field(default=default, metadata={"low": low, "high": high, "help": text})
 
 
@@ -56,18 +56,18 @@ class TrainingDefaults:
     grad_accum: int = flag(1, 1, 1024, "batches per step: the same clips with less memory")
     alpha: float = flag(1.0, 0, 1000, "weight of the prior loss, 0 for no prior (paper: 1)")
     num_prior: int = flag(200, 1, 10_000, "number of prior pictures or videos (paper: 200)")
-    caption_dropout: float = flag(0.0, 0, 1, "share of clips, subject and prior, whose caption is left empty")
+    caption_dropout: float = flag(0.0, 0, 1, "share of clips, subject and prior, that get an empty caption")
     save_every: int = flag(500, 1, 10**7, "steps between saves")
     preview_every: int = flag(1000, 0, 10**7, "steps between previews, 0 for none")
     images: str = ""         # folder with the photos of the base's own subject, relative to the repository
-    class_word: str = ""     # what they show
+    class_word: str = ""     # of the subject in these photos
 
 
 @dataclass
 class BaseConfig:
     name: str = "videocrafter2"
-    fingerprint: str = ""    # of the weights: a subject remembers the base that it was trained on
-    latent_std: float = 0.0  # of the scaled latents, of a base that was trained with v-prediction's weights
+    fingerprint: str = ""    # of the weights; a subject records the base that it was trained on
+    latent_std: float = 0.0  # if > 0: the standard deviation of scaled latents, for v-prediction's weights
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     text: TextConfig = field(default_factory=TextConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
@@ -75,13 +75,9 @@ class BaseConfig:
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     training: TrainingDefaults = field(default_factory=TrainingDefaults)
 
-    def size_multiple(self):
-        """Height and width in pixels are multiples of this: 8 for the VAE times 8 for the UNet's halvings."""
-        return self.vae.factor * 2 ** (len(self.unet.channel_mult) - 1)
-
 
 def load_config(base):
-    """The config.json of a base folder -> BaseConfig. Raises BadInput."""
+    """Base folder -> BaseConfig of its config.json. Raises BadInput."""
     path, parts = Path(base) / "config.json", {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -92,13 +88,13 @@ def load_config(base):
                 parts[entry.name] = entry.default_factory(**own)
         return BaseConfig(**values, **parts)            # Python itself names an unknown entry
     except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; --base takes toy/base, or what convert_ckpt.py made") from None
+        raise BadInput(f"{path}: no such file; --base takes toy/base or convert_ckpt.py's --out") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise BadInput(f"{path}: not a base's config ({one_line(error)})") from None
 
 
 def save_config(config: BaseConfig, path):
-    """Writes what differs from VideoCrafter2's defaults, so that a base follows later defaults."""
+    """Writes only the numbers that differ from the defaults, so that a base follows later defaults."""
     values, defaults = {"name": config.name}, asdict(BaseConfig())
     for name, value in asdict(config).items():
         if isinstance(value, dict):
@@ -109,10 +105,10 @@ def save_config(config: BaseConfig, path):
 
 
 def loss_weights(config: BaseConfig, schedule):
-    """w(t) of every noise level (1000,), with which a base was trained: 1 for VideoCrafter2.
+    """The weight w(t) (1000,) that a base was trained with at each noise level: 1 for VideoCrafter2.
 
-    The embedded base has the weights of v-prediction (Salimans and Ho 2022), so that errors of eps at high
-    noise levels count more.
+    The embedded base was trained with the weights of v-prediction (Salimans and Ho 2022), by which errors of
+    eps count more at high noise levels.
     """
     if not config.latent_std:
         return torch.ones(NOISE_LEVELS)
@@ -121,7 +117,7 @@ def loss_weights(config: BaseConfig, schedule):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Flags in place of defaults
+# Flags that override the defaults
 
 
 def flag_names(cls):
@@ -129,7 +125,7 @@ def flag_names(cls):
 
 
 def add_flags(parser, cls, only=None):
-    """Adds the flags of a class of defaults, --steps and so on, or those named in `only`."""
+    """Adds a flag for each number of a class of defaults, such as --steps, or only for those in `only`."""
     for entry in fields(cls):
         if entry.metadata and entry.name in (only or flag_names(cls)):
             kind = {"action": argparse.BooleanOptionalAction} if entry.type is bool else {"type": entry.type}
@@ -137,11 +133,10 @@ def add_flags(parser, cls, only=None):
 
 
 def add_speed_flags(parser, precisions, training=False):
-    """--precision and --compile of the UNet; for training, --grad_checkpointing too."""
-    without_bfloat16 = "float32" if training else "float16 on a GPU that has none, float32 elsewhere"
+    """Adds --precision and --compile of the UNet; for training, --grad_checkpointing too."""
+    otherwise = "float32" if training else "float16 on other GPUs and float32 elsewhere"
     parser.add_argument("--precision", choices=["auto", *precisions], default="auto",
-                        help=f"of the UNet (V* and LoRA train in float32); auto: bfloat16 on a GPU that has "
-                             f"it, else {without_bfloat16}")
+                        help=f"of the UNet; auto: bfloat16 on a GPU that has it, otherwise {otherwise}")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: slow to start, then "
                         "faster; needs Triton on a GPU and a C++ compiler on a CPU")
     if training:
@@ -150,28 +145,26 @@ def add_speed_flags(parser, precisions, training=False):
 
 
 def check_flags(args, *classes, **ranges):
-    """Every flag of these classes, and of `ranges` (name=(low, high)), is in its range if it was given."""
+    """Raises BadInput if a flag of these classes, or of `ranges` (name=(low, high)), is out of its range."""
     for entry in sum(map(fields, classes), ()):
         if entry.metadata:
             ranges[entry.name] = entry.metadata["low"], entry.metadata["high"]
     for name, (low, high) in ranges.items():
         value = getattr(args, name, None)
         if value is not None and not low <= value <= high:
-            raise BadInput(f"--{name} {value}: should be from {low} to {high}")
+            raise BadInput(f"--{name} {value}: must be from {low} to {high}")
 
 
 def check_words(args):
-    """--placeholder and --class_word can stand in a caption: "a V* dog". Raises BadInput."""
+    """Raises BadInput unless --placeholder and --class_word fit into a caption such as "a V* dog"."""
     placeholder, class_word = args.placeholder, args.class_word.strip()
     if not re.fullmatch(r"[^\s#]\S{0,31}", placeholder) or not re.search(r"\W", placeholder):
         raise BadInput(f"--placeholder {placeholder!r}: must be a single word with a symbol in it, such as "
-                       f"V* or <new1>, and does not begin with #")
+                       f"V* or <new1>, and must not start with #")
     if args.images is not None and not class_word:
-        raise BadInput("--class_word: is needed with --images; name what the photos show, such as dog")
-    article = r"^(a|an|the)\s+"
-    if placeholder in class_word or re.match(article, class_word, re.IGNORECASE):
-        noun = re.sub(article, "", class_word.split(placeholder)[-1].strip(), flags=re.IGNORECASE) or "dog"
-        raise BadInput(f"--class_word {class_word!r}: is a caption, not a class; write --class_word {noun}")
+        raise BadInput("--class_word: is needed with --images; name the class of the subject, such as dog")
+    if placeholder in class_word or re.match(r"(a|an|the)\s", class_word, re.IGNORECASE):
+        raise BadInput(f"--class_word {class_word!r}: is a caption; write the noun alone, such as dog")
 
 
 def with_flags(defaults, args, only=None):
@@ -181,10 +174,11 @@ def with_flags(defaults, args, only=None):
 
 
 def check_sampling(config, sampling):
-    """This base can draw the height and width, and K is one of the steps. Raises BadInput."""
+    """Raises BadInput unless this base can make the height and width, and K is one of the steps."""
+    multiple = config.vae.factor * 2 ** (len(config.unet.channel_mult) - 1)  # 64 for VideoCrafter2
     for name in ("height", "width"):
-        value, multiple = getattr(sampling, name), config.size_multiple()
+        value = getattr(sampling, name)
         if value % multiple:
-            raise BadInput(f"--{name} {value}: should be a multiple of {multiple} on the base {config.name}")
+            raise BadInput(f"--{name} {value}: must be a multiple of {multiple} on the base {config.name}")
     if sampling.K > sampling.steps:
-        raise BadInput(f"--K {sampling.K}: should be at most --steps, which is {sampling.steps}")
+        raise BadInput(f"--K {sampling.K}: must be at most --steps, which is {sampling.steps}")

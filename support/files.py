@@ -1,15 +1,12 @@
-"""A base and a subject on disk.
+"""Bases and subjects on disk. Loading them runs no code from a file.
 
 A base is a folder: config.json (config.py), unet.safetensors, vae.safetensors, text_encoder.safetensors.
 A subject is one file, subject.safetensors: V*, the LoRA, and in the header the metadata needed to use them.
-
-Nothing to run here, and nothing of the paper. Loading runs no code from a file.
 """
 import hashlib
 import json
 import os
 import re
-import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,16 +38,13 @@ def build_part(part, config):
 
 
 def open_base(args, process, training=False):
-    """--base -> Base on this process's device, its UNet in --precision and compiled if asked.
-
-    The first line that a script prints names all of them.
-    """
+    """--base -> Base on this process's device, its UNet in --precision and with --compile if asked."""
     precision = pick_precision(args.precision, process.device, training)
     base = load_base(args.base, process.device, getattr(torch, precision))
     if process.rank == 0:
         print(f"base {args.base} ({base.config.name}) on {process.device} in {precision}")
     if process.device.type == "cpu" and base.config.name == "videocrafter2":
-        warn("VideoCrafter2 takes hours for a video on a CPU; for a GPU, install a torch build that knows it")
+        warn("VideoCrafter2 takes hours for a video on a CPU; to use a GPU, install a torch build for it")
     check_same(process, device=process.device.type, base=base.config.fingerprint)
     if getattr(args, "compile", False):
         base.unet.compile()
@@ -58,20 +52,19 @@ def open_base(args, process, training=False):
 
 
 def load_base(folder, device="cpu", dtype=torch.float32):
-    """Folder -> Base on `device`, its UNet in `dtype`. Raises BadInput if its files do not fit together."""
+    """Folder -> Base on `device`, its UNet in `dtype`. Raises BadInput if its files do not match."""
     folder, networks = Path(folder), {}
     config = load_config(folder)
     with ExitStack() as stack:
         files = {part: stack.enter_context(open_safetensors(folder / f"{part}.safetensors"))
                  for part in PARTS}
         recorded = {(file.metadata() or {}).get("fingerprint") for file in files.values()}
-        if None in recorded:    # someone else wrote a file, so only the weights can tell which base this is
+        if None in recorded:    # another program wrote a file, so only the weights identify this base
             values = ((f"{part}.{name}", files[part].get_tensor(name)) for part in PARTS
                       for name in sorted(files[part].keys()))
             config = replace(config, fingerprint=fingerprint(values))
         elif len(recorded | {config.fingerprint}) > 1:
-            raise BadInput(f"{folder}: config.json and the weights belong to different bases; convert or "
-                           f"copy the base again")
+            raise BadInput(f"{folder}: its files belong to different bases; convert or copy the base again")
         for part, file in files.items():
             with torch.device("meta"):
                 network = build_part(part, config)
@@ -97,9 +90,9 @@ def open_safetensors(path):
 
 
 def fingerprint(values, header=""):
-    """(name, tensor) of weights -> 16 hex digits. Every value counts, its precision does not.
+    """(name, tensor) of weights -> 16 hex digits, which depend on every value but not on its precision.
 
-    A base's parts come in the order of PARTS, and names are sorted within a part.
+    The parts of a base come in the order of PARTS, and the names within a part are sorted.
     """
     digest = hashlib.sha256(header.encode())
     for name, tensor in values:
@@ -109,12 +102,12 @@ def fingerprint(values, header=""):
 
 
 def from_hub(repository, file, flag, advice):
-    """A file of the Hugging Face hub -> its path in the hub's cache. Raises BadInput that names `flag`."""
+    """A file of the Hugging Face hub -> its path in the hub's cache. Raises BadInput, which names `flag`."""
     from huggingface_hub import hf_hub_download
     print(f"{flag}: {file} of https://huggingface.co/{repository}, downloaded unless it is in the cache")
     try:
         return Path(hf_hub_download(repository, file))
-    except Exception as error:  # the hub's, the network's and the disk's own errors share no base class
+    except Exception as error:  # the hub, the network and the disk each raise errors of their own
         raise BadInput(f"{flag}: not downloaded ({one_line(error)}); do it by hand, and {advice}") from None
 
 
@@ -124,9 +117,9 @@ def from_hub(repository, file, flag, advice):
 
 @dataclass
 class Subject:
-    """What train.py learns, in float32, and the metadata needed to use it."""
+    """V* and the LoRA that train.py learns, in float32, with the metadata needed to use them."""
     placeholder: str            # how prompts name the subject: "V*"
-    class_word: str             # what the subject is: "dog"
+    class_word: str             # the class of the subject: "dog"
     base_name: str
     base_fingerprint: str
     steps: int                  # training steps so far
@@ -135,7 +128,7 @@ class Subject:
     lora: dict = field(default_factory=dict)        # name of a layer of the UNet -> (A, B)
 
     def tensors(self):
-        """All that is learned, under the names that it has in the file: for LoRA, PEFT's."""
+        """The learned tensors under their names in the file, which for LoRA are PEFT's."""
         tensors = {"v_star": self.v_star}
         for name, (A, B) in self.lora.items():
             tensors |= {f"unet.{name}.lora_A.weight": A, f"unet.{name}.lora_B.weight": B}
@@ -149,8 +142,16 @@ class Subject:
                 "settings": json.dumps(self.settings), "layers": json.dumps(ranks),
                 "lora_alpha": " ".join(map(str, sorted(set(ranks.values()))))}
 
+    def read_layers(self, metadata, tensors, unet):
+        """Takes the layers that the header lists from a file's tensors. Raises KeyError or ValueError."""
+        names = json.loads(metadata["layers"])
+        if not names.keys() <= set(target_names(unet)):
+            raise ValueError("'layers'")
+        for name in names:
+            self.lora[name] = tuple(tensors.get(f"unet.{name}.lora_{which}.weight") for which in "AB")
+
     def fingerprint(self):
-        """16 hex digits that tell this subject, its tensors and its metadata, from any other."""
+        """16 hex digits that identify this subject by its tensors and its metadata."""
         return fingerprint(sorted(self.tensors().items()), json.dumps(self.metadata(), sort_keys=True))
 
 
@@ -162,7 +163,7 @@ def save_subject(path, subject: Subject):
 
 
 def read_header(path):
-    """A .safetensors file's header, or {} where there is none that can be read."""
+    """The header of a .safetensors file, or {} if it is missing or cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
@@ -170,63 +171,47 @@ def read_header(path):
         return {}
 
 
-def load_subject(path, base: Base):
-    """safetensors file -> Subject for this base. Raises BadInput: not a subject, another base's, damaged."""
+def load_subject(path, base: Base, kind=Subject):
+    """safetensors file -> Subject, or a subclass. Raises BadInput if it is damaged or of another base."""
     path = Path(path)
     with open_safetensors(path) as file:
         metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     try:
-        subject = Subject(metadata["placeholder"], metadata["class_word"], metadata["base_name"],
-                          metadata["base_fingerprint"], int(metadata["steps"]),
-                          json.loads(metadata["settings"]), v_star=tensors["v_star"])
-        names = json.loads(metadata["layers"])
+        subject = kind(metadata["placeholder"], metadata["class_word"], metadata["base_name"],
+                       metadata["base_fingerprint"], int(metadata["steps"]),
+                       json.loads(metadata["settings"]), v_star=tensors["v_star"])
+        if subject.base_fingerprint != base.config.fingerprint:
+            raise BadInput(f"{path}: was trained on the base {subject.base_name} "
+                           f"({subject.base_fingerprint}), but this is {base.config.name} "
+                           f"({base.config.fingerprint}); pass that base with --base, or train again")
+        subject.read_layers(metadata, tensors, base.unet)
     except (KeyError, ValueError) as error:
-        raise BadInput(f"{path}: not a subject of train.py, its header has no valid {error}") from None
-    check_base(path, subject, base)
-    for name in names:
-        subject.lora[name] = tuple(tensors.get(f"unet.{name}.lora_{which}.weight") for which in "AB")
-    unknown = names.keys() - set(target_names(base.unet))
-    fits = not unknown and subject.tensors().keys() == tensors.keys()
-    if not fits or subject.fingerprint() != metadata.get("fingerprint"):
-        raise BadInput(f"{path}: its content is not what was saved; the file is damaged, copy it again")
+        raise BadInput(f"{path}: not a subject for this command; its header has no valid {error}") from None
+    complete = subject.tensors().keys() == tensors.keys()
+    if not complete or subject.fingerprint() != metadata.get("fingerprint"):
+        raise BadInput(f"{path}: its content is not what was saved; copy the file again")
     subject.v_star = subject.v_star.to(base.device)
     return subject
 
 
-def check_base(path, subject, base):
-    if subject.base_fingerprint != base.config.fingerprint:
-        raise BadInput(f"{path}: was trained on the base {subject.base_name} ({subject.base_fingerprint}), "
-                       f"but this is {base.config.name} ({base.config.fingerprint}); pass that base with "
-                       f"--base, or train again on this one")
-
-
-SAVE_NAME = "step-([0-9]{6,})"     # of a folder in a run's (runs.py)
-
-
 def find_subjects(given, base_fingerprint):
-    """--subject -> paths: those given, else the newest of this base under runs/, else the committed one."""
+    """--subject -> paths: those given, or the newest of this base under runs/, or the committed one."""
     if given:
-        if "none" in given and len(given) > 1:
-            raise BadInput("--subject none: means no subject; leave it out, or the others")
         paths = [Path(path) for path in given if path != "none"]
         return [path / "subject.safetensors" if path.is_dir() else path for path in paths]
-    is_save = re.compile(rf"(\.tmp-.*)?{SAVE_NAME}").fullmatch
-    trained = [Path(folder) / "subject.safetensors" for folder, _, names in os.walk("runs")
-               if "subject.safetensors" in names and not is_save(Path(folder).name)]
+    trained = [path for path in Path("runs").glob("**/subject.safetensors")
+               if path.exists() and not re.match(r"step-\d{6}|\.tmp-", path.parent.name)]    # no saves
     trained.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    passed_over = []
     for path in [*trained, Path(os.path.relpath(ROOT / "toy" / "subject.safetensors"))]:
         header = read_header(path)
         if header.get("base_fingerprint") == base_fingerprint and "layers" in header:
-            if passed_over:
-                warn(f"{passed_over[0]}, so {path} is taken; --subject names another")
             return [path]
-        passed_over.append(f"{path} is newer, but {'of another base' if header else 'not readable'}")
+        warn(f"{path}: skipped, because it is not a subject of this base that sample.py can read")
     raise BadInput("--subject: none of this base is under runs/; train one, name one, or pass --subject none")
 
 
 def pick_images(args):
-    """Fills args.images and args.class_word if not given: the base's own, else the embedded base's."""
+    """Fills in args.images and args.class_word unless given: the base's own, or the embedded base's."""
     if args.images is None:
         training = load_config(args.base).training
         if not training.images:

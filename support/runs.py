@@ -1,10 +1,8 @@
-"""A training on disk: the folder it writes into, its saves and how to resume from one, its log, its previews.
+"""A training on disk: its folder, its saves and how to resume from them, its log, its previews, its prior.
 
 OUT/step-N/ is a save: subject.safetensors, and state.pt with the optimizer's state. OUT/subject.safetensors
-is a copy of the newest. OUT/log.jsonl has a line per step, OUT/preview.png a row per preview. The class prior
-that a base generates lies beside the runs that use it.
-
-Nothing to run here, and nothing of the paper. A reader of the method may skip this page.
+is a copy of the newest one. OUT/log.jsonl has a line per step, and OUT/preview.png a row per preview. The
+class prior that a base generates lies beside the runs that use it.
 """
 import hashlib
 import json
@@ -24,72 +22,70 @@ from safetensors.torch import load_file
 
 from support.cli import (BadInput, Progress, atomic_write, check_out, check_same, lock_folder, one_line,
                          remove, wait_for_all, warn)
-from support.files import SAVE_NAME, read_header, save_subject
+from support.files import read_header, save_subject
 from support.video import check_ffmpeg, labelled, slug, write_mp4
 
 # ------------------------------------------------------------------------------------------------------------
-# Which folder, which save
+# The folder to write into, and the save to resume from
 
 
 def pick_run(args, photos, process, suffix=""):
-    """--out, --resume and the photos -> the folder to write into, and the save to start from or None.
+    """--out, --resume and the photos -> the folder to write into, and the save to resume from or None.
 
-    Without --out it is runs/NAME, where NAME is the photo folder's own name as typed, plus `suffix`. A run is
-    never overwritten. Raises BadInput, also if the processes of several nodes find different saves.
+    Without --out, the folder is runs/NAME, where NAME is that of the photo folder as typed, plus `suffix`. A
+    run is never overwritten. Raises BadInput, also if the nodes find different saves.
     """
-    default, out, save = Path("runs") / f"{Path(os.path.abspath(args.images)).name}{suffix}", args.out, None
-    if args.resume is not None:
-        out, save = pick_resumed_run(out, args.resume, default.parent, digest_of_photos(photos))
-    elif out and holds_run(out):
-        raise BadInput(f"--out {out}: holds a run; --resume {out} continues it, another --out starts one")
-    elif not out:
-        numbered = (default.with_name(f"{default.name}-{n}") if n > 1 else default for n in count(1))
+    runs, name = Path("runs"), f"{Path(os.path.abspath(args.images)).name}{suffix}"
+    save = pick_save(args.resume, args.out, runs, digest_of_photos(photos)) if args.resume else None
+    if save and (args.out is None or args.out.resolve() == save.parent.resolve()):
+        out = save.parent
+        if save != newest_save(out):
+            raise BadInput(f"--resume {save}: {out} has newer saves; name a new --out for a branch from here")
+    elif args.out:      # of a new run, or of a new branch of an old run
+        out = args.out
+        if holds_run(out):
+            raise BadInput(f"--out {out}: holds a run; --resume {out} continues it, another --out starts one")
+    else:
+        numbered = (runs / (f"{name}-{n}" if n > 1 else name) for n in count(1))
         out = next(folder for folder in numbered if not holds_run(folder))
     check_out(out)
     check_same(process, save=save and f"{save.name} {header_of(save).get('fingerprint')}")
     return out, save
 
 
-def pick_resumed_run(out, resume, parent, photos):
-    if resume == "latest":
-        run = out or latest_run(parent, photos)
-        save = newest_save(run)
-    else:
-        run = Path(resume).parent if is_save(Path(resume)) else Path(resume)
-        save = Path(resume) if is_save(Path(resume)) else newest_save(run)
+def pick_save(resume, out, runs, photos):
+    """--resume, a save or a run's folder or "latest" -> the save, a run's newest one. Raises BadInput."""
+    if is_save(Path(resume)):
+        return Path(resume)
+    run = Path(resume) if resume != "latest" else out or latest_run(runs, photos)
+    save = newest_save(run)
     if not save:
         raise BadInput(f"--resume {resume}: no save is under {run}; without --resume a new run starts")
-    if out and out.resolve() != run.resolve():  # a new branch of an old run
-        if holds_run(out):
-            raise BadInput(f"--out {out}: holds another run; name a new folder for a branch of {run}")
-        return out, save
-    if save != newest_save(run):
-        raise BadInput(f"--resume {save}: {run} has newer saves; name a new --out for a branch from here")
-    return run, save
+    return save
 
 
-def latest_run(parent, photos):
-    """The run under `parent` that saved last, of those that record these photos. Raises BadInput."""
+def latest_run(runs, photos):
+    """The run that saved last, among those of these photos. Raises BadInput."""
     times = {}
-    for run in parent.iterdir() if parent.exists() else []:
-        save = newest_save(run)
-        with suppress(OSError):     # another run may just have removed an old save
-            if save and json.loads(header_of(save).get("settings", "{}")).get("photos") == photos:
-                times[run] = save.stat().st_mtime
+    for run in filter(saves, runs.iterdir() if runs.exists() else []):
+        for folder in (run, *saves(run)):   # a run that was killed in its first save has no subject yet
+            with suppress(OSError):         # an old save may just have been removed
+                if json.loads(header_of(folder).get("settings", "{}")).get("photos") == photos:
+                    times[run] = (folder / "subject.safetensors").stat().st_mtime
     if not times:
-        raise BadInput(f"--resume latest: no run of these photos is under {parent}; name the run's folder")
+        raise BadInput(f"--resume latest: no run of these photos is under {runs}; name its folder")
     return max(times, key=times.get)
 
 
 def is_save(path):
-    """A save is a folder with these two files, whatever else lies in it, such as Finder's .DS_Store."""
+    """Whether a folder is a save. It may hold more than these two files, such as Finder's .DS_Store."""
     return (path / "subject.safetensors").is_file() and (path / "state.pt").is_file()
 
 
 def saves(out):
     """The saves in a run's folder, oldest first."""
-    steps = {path: re.fullmatch(SAVE_NAME, path.name) for path in out.glob("step-*") if is_save(path)}
-    return sorted(filter(steps.get, steps), key=lambda path: int(steps[path][1]))
+    folders = [path for path in out.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+    return sorted(filter(is_save, folders), key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def newest_save(out):
@@ -97,11 +93,11 @@ def newest_save(out):
 
 
 def holds_run(out):
-    return bool(newest_save(out)) or (out / "subject.safetensors").exists()
+    return any((out / name).exists() for name in ("subject.safetensors", "preview.png")) or bool(saves(out))
 
 
 def header_of(folder):
-    """The header of a run's or a save's subject; {} if there is none that can be read."""
+    """The header of a run's or a save's subject; {} if it is missing or cannot be read."""
     return read_header(folder / "subject.safetensors")
 
 
@@ -111,15 +107,15 @@ def steps_done(folder):
 
 @contextmanager
 def lock_run(out, last_save, rank):
-    """Lets only this run write into `out`. If it continues a run, the subject there becomes `last_save`'s.
+    """Lets only this run write into `out`. If it continues a run, that run's subject becomes `last_save`'s.
 
-    Raises BadInput if another run has written there since `last_save` was chosen.
+    Raises BadInput if another run has written there since `last_save` was picked.
     """
     with lock_folder(out) if rank == 0 else nullcontext():
         if rank == 0 and last_save and last_save.parent.resolve() == out.resolve():
             if newest_save(out) != last_save or steps_done(out) > steps_done(last_save):
                 raise BadInput(f"--resume {last_save}: {out} has a newer save or subject by now; start the "
-                               f"command again, or move that subject")
+                               f"command again, or move that subject away")
             copy_to_run(last_save)
         elif rank == 0 and holds_run(out):
             raise BadInput(f"--out {out}: another run has been saved there by now; name another folder")
@@ -127,11 +123,14 @@ def lock_run(out, last_save, rank):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What a resumed training has in common with its save
+# The settings that must not change when a training resumes
 
 
 def run_settings(args, training, sampling, base, photos, prior_files, process):
-    """What a resumed training has to share with its save, recorded in the subject."""
+    """The settings of a training, recorded in its subject. To resume from a save, they must be the save's.
+
+    Raises BadInput if the processes differ in one, because nodes may have other files under the same names.
+    """
     settings = {name: getattr(training, name) for name in ("rank", "lr", "scale_lr", "frames", "weight_decay",
                                                             "alpha", "caption_dropout")}
     settings |= {name: getattr(sampling, name) for name in ("height", "width", "fps")}
@@ -140,16 +139,18 @@ def run_settings(args, training, sampling, base, photos, prior_files, process):
     config = asdict(base.config)
     for name in ("name", "sampling", "training"):
         del config[name]
-    return settings | {
+    settings |= {
         "base": digest(config), "photos": digest_of_photos(photos),
         "captions": digest([photo.caption for photo in photos]), "prior": digest(prior_files),
-        "images": Path(os.path.abspath(args.images)).name,      # a name, because people share subjects
+        "images": Path(os.path.abspath(args.images)).name,      # no path, because people share subjects
         "precision": base.precision,
         "clips_per_step": process.world * training.batch_size * training.grad_accum}
+    check_same(process, **settings)
+    return settings
 
 
 def digest(values):
-    """12 hex digits that tell anything that JSON holds from anything else."""
+    """12 hex digits that identify values of any kind that JSON can hold."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -158,7 +159,7 @@ def digest_of_photos(photos):
 
 
 def check_settings(save, before, now):
-    """A save's settings are those of the training that resumes from it. Raises BadInput."""
+    """Raises BadInput unless a save's settings are those of the training that resumes from it."""
     different = {"base": "--base: this is not the base", "photos": "--images: these are not the photos",
                  "captions": "--images: these are not the captions",
                  "prior": "--prior or --num_prior: these are not the pictures of the class"}
@@ -176,12 +177,12 @@ def check_settings(save, before, now):
 
 
 def save_training(out, subject, optimizer, keep_last):
-    """Writes OUT/step-N/ with subject and optimizer; OUT/subject.safetensors becomes its copy.
+    """Writes OUT/step-N/ with subject and optimizer, and copies the subject to OUT/subject.safetensors.
 
-    Older saves than the last `keep_last` are removed, after the new one is safely on the disk.
+    Once the new save is on the disk, only the newest `keep_last` saves are kept.
     """
     save = out / f"step-{subject.steps:06d}"
-    if save in saves(out):  # stopped right after a save
+    if save in saves(out):  # the training was stopped right after a save
         return
     with atomic_write(save) as folder:
         folder.mkdir()
@@ -190,34 +191,29 @@ def save_training(out, subject, optimizer, keep_last):
         torch.save(state, folder / "state.pt")
     copy_to_run(save)
     for old in saves(out)[:-keep_last]:
-        with best_effort(f"{old}: this old save stays"):
+        with best_effort(f"{old}: this old save was not removed"):
             remove(old.rename(old.with_name(f".tmp-{os.getpid()}-{old.name}")))
 
 
 def copy_to_run(save):
-    """The subject of the newest save becomes the run's."""
+    """Makes the subject of a save the run's subject."""
     with atomic_write(save.parent / "subject.safetensors") as temporary:
         shutil.copyfile(save / "subject.safetensors", temporary)
 
 
 def load_training(save, subject, optimizer, steps):
-    """Puts a save into `subject` and `optimizer` -> its step. Raises BadInput if it is another run's."""
+    """Loads a save into `subject` and `optimizer` -> its step. Raises BadInput if the settings differ."""
     try:
         state = torch.load(save / "state.pt", map_location="cpu", weights_only=True)
         step, settings, adamw = state["step"], state["settings"], state["optimizer"]
         tensors = load_file(save / "subject.safetensors")
-        moments = [moment["exp_avg"].shape for _, moment in sorted(adamw["state"].items())]
-    except Exception as error:  # pickle, zip, safetensors and the disk each raise their own
+    except Exception as error:  # pickle, zip and safetensors each raise errors of their own
         raise BadInput(f"--resume {save}: not readable ({one_line(error)}); try an older save") from None
     check_settings(save, settings, subject.settings)
     if step >= steps and steps_done(save.parent) >= step:
         raise BadInput(f"--steps {steps}: {save} has done {step} already; ask for more to continue")
-    own, parameters = subject.tensors(), sum((group["params"] for group in optimizer.param_groups), [])
-    shapes = [{name: x.shape for name, x in named.items()} for named in (own, tensors)]
-    if shapes[0] != shapes[1] or moments != [parameter.shape for parameter in parameters]:
-        raise BadInput(f"--resume {save}: its tensors have other shapes than this training's")
     with torch.no_grad():
-        for name, parameter in own.items():
+        for name, parameter in subject.tensors().items():
             parameter.copy_(tensors[name])
     optimizer.load_state_dict(adamw)
     subject.steps = step
@@ -231,14 +227,14 @@ warned = set()
 
 
 @contextmanager
-def best_effort(what):
-    """Logging, previews and cleaning up must not end a run: warn of each failure once, and continue."""
+def best_effort(failure):
+    """Logging, previews and cleaning up must not end a run, so warn about each failure once and continue."""
     try:
         yield
     except Exception as error:
-        if what not in warned:
-            warn(f"{what} ({one_line(error)}); training continues")
-        warned.add(what)
+        if failure not in warned:
+            warn(f"{failure} ({one_line(error)}); training continues")
+        warned.add(failure)
 
 
 class Log:
@@ -267,7 +263,7 @@ class Log:
             self.bar.update()
 
     def close(self, subject):
-        """Prints where the subject is, and how to continue if the run was stopped."""
+        """Prints the path of the subject, and if the run was stopped, how to continue it."""
         if self.rank > 0:
             return
         with suppress(OSError):     # after SIGHUP the terminal is gone
@@ -279,7 +275,7 @@ class Log:
 
 
 class LiveLoRA:
-    """Sets lambda while the updates are still beside the weights: for previews in the middle of training."""
+    """Sets lambda for a preview during training, while the updates are still beside the weights."""
 
     def __init__(self, layers):
         self.layers = layers
@@ -290,12 +286,10 @@ class LiveLoRA:
 
 
 def save_preview(out, step, videos, label, width=96):
-    """Videos (B, T, H, W, 3) become OUT/previews/step-N.png; all previews so far become OUT/preview.png."""
-    size = width, round(width * videos.shape[2] / videos.shape[3])
+    """Writes a row of frames of videos (B, T, H, W, 3), and OUT/preview.png with the rows of all steps."""
     shown = np.linspace(0, videos.shape[1] - 1, 4).round().astype(int)
-    images = [Image.fromarray(frame).resize(size) for video in videos for frame in video[shown]]
     with atomic_write(out / "previews" / f"step-{step:06d}.png") as temporary:
-        labelled(images, label).save(temporary)
+        labelled(np.concatenate(videos[:, shown]), label, width).save(temporary)
     in_order = lambda path: (len(path.name), path.name)     # 1000000 after 999999
     previews = sorted((out / "previews").glob("step-[0-9]*.png"), key=in_order)
     rows = [np.asarray(Image.open(path, formats=["PNG"])) for path in previews]
@@ -308,12 +302,12 @@ def save_preview(out, step, videos, label, width=96):
 
 
 def prior_folder(out, base, sampling, class_word):
-    """Where the class prior lies that this base makes of a class word, beside --out: pictures, or clips.
+    """The folder, beside --out, of the pictures or clips that this base makes for a class word.
 
-    Its name ends with a digest of everything that determines its pictures.
+    Its name ends with a digest of everything that determines their pixels.
     """
     if sampling.frames > 1:
-        check_ffmpeg("--prior_motion", "or leave --prior_motion out")
+        check_ffmpeg("--prior_motion", "or do without --prior_motion")
     settings = {name: getattr(sampling, name) for name in ("frames", "height", "width", "fps", "save_fps",
                                                             "steps", "cfg", "eta")}
     settings |= {"class_word": class_word, "base": base.config.fingerprint, "precision": base.precision}
@@ -321,32 +315,25 @@ def prior_folder(out, base, sampling, class_word):
     try:
         check_out(out.parent / folder)
         return out.parent / folder
-    except BadInput:  # nothing may be written there, or the prior there is another user's
+    except BadInput:  # that folder is not writable, or its prior is another user's
         return out / folder
 
 
 @contextmanager
-def prior_writer(folder, process, number):
-    """Lets only this run fill the prior's folder; another run of the same class waits.
-
-    Raises BadInput if this node has only a part of the `number` files in the end.
-    """
+def prior_writer(folder, process):
+    """Lets only this run fill the prior's folder, while another run of the same class waits."""
     with lock_folder(folder, wait=True) if process.rank == 0 else nullcontext():
         wait_for_all(process)
         try:
             yield
         except KeyboardInterrupt:
-            print(f"{folder}: keeps what has been made so far; the same command continues")
+            print(f"{folder}: keeps its pictures; the same command continues")
             raise
         wait_for_all(process)
-    made = [path for path in folder.iterdir() if re.fullmatch(r"\d{4}\.(png|mp4)", path.name)]
-    if len(made) < number:
-        raise BadInput(f"{folder}: this node has {len(made)} of the prior's {number} files, because the "
-                       f"nodes share no folder; make the prior on one, and give each a copy by --prior")
 
 
 def save_prior_clip(path, video, fps):
-    """Video (T, H, W, 3) -> path, a .png of its one frame or an .mp4."""
+    """Writes video (T, H, W, 3) to `path`: an .mp4, or a .png of its one frame."""
     with atomic_write(path) as temporary:
         if path.suffix == ".mp4":
             write_mp4(temporary, video, fps, quality=10)

@@ -1,9 +1,8 @@
-"""Clips in and out: mp4, gif and png, each with a JSON of how it was made; labels, sheets of frames, motion.
+"""Videos as files, with a JSON of everything that determines their pixels; labels; motion.
 
-Nothing to run here, and nothing of the paper. Videos are (T, H, W, 3) uint8.
+Videos are (T, H, W, 3) uint8.
 """
 import json
-import os
 import re
 import subprocess
 import unicodedata
@@ -23,7 +22,7 @@ FFMPEG_FLAGS = ["-color_range", "tv", "-colorspace", "smpte170m", "-movflags", "
 
 
 def write_mp4(path, video, fps, quality):
-    """Video -> H.264. Raises BadInput if a frame is missing, because imageio hides a failure of ffmpeg."""
+    """Video -> H.264 file. Raises BadInput if frames are missing, because imageio hides ffmpeg's failures."""
     import imageio.v3 as iio
     try:
         # With a macro block of 1, imageio does not silently round the size up to a multiple of 16.
@@ -38,7 +37,7 @@ def write_mp4(path, video, fps, quality):
 
 
 def write_gif(path, video, fps):
-    """Video -> GIF that keeps every frame, at the nearest delay that players honour: 1/50 s or longer."""
+    """Video -> GIF with every frame, at the nearest delay that players honour, which is 1/50 s or more."""
     delay = 10 * max(2, round(100 / fps))  # GIF counts in 1/100 s, and players show shorter ones at 1/10 s
     frames = [Image.fromarray(frame).quantize(255) for frame in video]
     for before, frame in zip(frames, frames[1:]):  # Pillow merges equal frames, so change one pixel a little
@@ -51,15 +50,14 @@ def write_gif(path, video, fps):
 
 
 def check_ffmpeg(flag, other_way):
-    """ffmpeg is installed, and runs. Raises BadInput that names `flag`."""
+    """Raises BadInput, which names `flag`, unless ffmpeg is installed and runs."""
     import imageio_ffmpeg
-    advice = "unset" if os.environ.get("IMAGEIO_FFMPEG_EXE") else "pip install imageio[ffmpeg], or correct"
     try:
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-version"]
         subprocess.run(command, check=True, capture_output=True, timeout=60)
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-        raise BadInput(f"{flag}: needs ffmpeg, which does not run ({one_line(error)}); {advice} "
-                       f"IMAGEIO_FFMPEG_EXE, {other_way}") from None
+        raise BadInput(f"{flag}: needs ffmpeg, which does not run ({one_line(error)}); pip install "
+                       f"imageio[ffmpeg], unset IMAGEIO_FFMPEG_EXE, {other_way}") from None
 
 
 def first_frames(path, num_frames):
@@ -67,7 +65,7 @@ def first_frames(path, num_frames):
     import imageio.v3 as iio
     images = [Image.fromarray(frame) for frame in islice(iio.imiter(path, plugin="FFMPEG"), num_frames)]
     if len(images) < num_frames:
-        raise ValueError(f"has {len(images)} frames, and {num_frames} are needed")
+        raise ValueError(f"{len(images)} frames instead of {num_frames}")
     return images
 
 
@@ -81,14 +79,14 @@ def slug(text):
 
 
 def with_ending(path, ending):
-    """FOLDER/STEM -> FOLDER/STEM.gif or STEM-frames.png."""
+    """FOLDER/STEM -> FOLDER/STEM.gif, also if the stem has a dot."""
     return path.with_name(f"{path.name}{ending}")
 
 
 def free_path(folder, stem, settings, endings):
-    """FOLDER/STEM, or STEM-2 ..., for a video made by `settings`; None if it exists with all its files.
+    """FOLDER/STEM, or STEM-2 and so on, for a video with these settings; None if all its files exist.
 
-    Files of that name without a JSON are someone else's, and stay.
+    Files of that name without a JSON are not ours, so the next number is tried.
     """
     for number in count(1):
         path = folder / (stem if number == 1 else f"{stem}-{number}")
@@ -101,7 +99,7 @@ def free_path(folder, stem, settings, endings):
 
 
 def read_json(path):
-    """A JSON file's dictionary, or None if there is none that can be read."""
+    """The dictionary in a JSON file, or None if it is missing or cannot be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return content if isinstance(content, dict) else None
@@ -110,9 +108,9 @@ def read_json(path):
 
 
 def save_video(path, video, formats, fps, settings, pictures):
-    """Writes path.mp4, .gif or .png, path-NAME.png of each picture, path.json with `settings` -> their paths.
+    """Writes path.mp4, .gif or .png, path-NAME.png of each picture, path.json of `settings` -> their paths.
 
-    The JSON comes last, so a video that has one is complete. The gif comes first: it stays if ffmpeg fails.
+    The JSON comes last, so a video that has one is complete. The gif comes first, to stay if ffmpeg fails.
     """
     writers = {"gif": lambda file: write_gif(file, video, fps),
                "mp4": lambda file: write_mp4(file, video, fps, quality=8),
@@ -130,30 +128,23 @@ def save_video(path, video, formats, fps, settings, pictures):
 # Labels and sheets
 
 
-def enlarged(frame):
-    """(H, W, 3) -> PIL image at least 128 pixels wide, so that a label fits over it."""
-    image = Image.fromarray(frame)
-    factor = max(1, round(128 / image.width))
-    return image.resize((factor * image.width, factor * image.height), Image.BICUBIC)
-
-
-def labelled(images, label):
-    """A row of images of one size with a label over it. The built-in font has ASCII letters only."""
-    width, height = images[0].size
+def labelled(frames, label, width=None):
+    """Images of one size -> a row of them under a label, each `width` wide, or large enough for the label."""
+    images = [Image.fromarray(np.asarray(frame)) for frame in frames]
+    width = width or images[0].width * max(1, round(128 / images[0].width))
+    height = round(images[0].height * width / images[0].width)
     row = Image.new("RGB", (len(images) * width, height + 14), "white")
-    letters = unicodedata.normalize("NFKD", label).encode("ascii", "ignore").decode()
+    letters = unicodedata.normalize("NFKD", label).encode("ascii", "ignore").decode()   # the built-in font's
     ImageDraw.Draw(row).text((3, 1), letters, fill="black")
     for i, image in enumerate(images):
-        row.paste(image, (i * width, 14))
+        row.paste(image.resize((width, height), Image.BICUBIC), (i * width, 14))
     return row
 
 
 def side_by_side(videos):
-    """Label -> video, all of one size, becomes one video with all of them under their labels."""
-    columns = []
-    for label, video in videos.items():
-        columns.append(np.stack([np.asarray(labelled([enlarged(frame)], label)) for frame in video]))
-    return np.concatenate(columns, axis=2)
+    """Label -> video, all of one size, becomes one video of them all, each under its label."""
+    columns = [[labelled([frame], label) for frame in video] for label, video in videos.items()]
+    return np.concatenate([np.stack(column) for column in columns], axis=2)
 
 
 def sheet(videos, columns=8):
@@ -161,7 +152,7 @@ def sheet(videos, columns=8):
     rows = []
     for label, video in videos.items():
         shown = np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int)
-        rows.append(np.asarray(labelled([enlarged(video[t]) for t in shown], label)))
+        rows.append(labelled(video[shown], label))
     return Image.fromarray(np.concatenate(rows))
 
 
@@ -179,14 +170,12 @@ def motion_similarity(predicted, final):
     return F.cosine_similarity(*moving, dim=0).item()
 
 
-def motion_line(predicted, shown, enough=0.9):
-    """A clip (C, T, H, W) as predicted at each step, the last time final -> a line of text on its motion.
+def motion_line(predicted, enough=0.9):
+    """A clip (C, T, H, W) as predicted at each step -> the step that has `enough` of the final motion.
 
-    The first step with `enough` of the final motion is a K to try, because motion has formed by then.
+    That step is a K to try, because motion has formed by then.
     """
-    shares = [motion_similarity(clip, predicted[-1]) for clip in predicted]
-    if len(predicted[-1][0]) == 1 or max(shares) < enough:
-        return "the clip does not move"
-    first = next(i for i, share in enumerate(shares) if share >= enough)
-    at_steps = ", ".join(f"{shares[i]:.2f} at step {i + 1}" for i in shown)
-    return f"motion {at_steps}; the first step with {enough} of it is {first + 1}"
+    for step, clip in enumerate(predicted, 1):
+        if motion_similarity(clip, predicted[-1]) >= enough:
+            return f"motion settles at step {step}"
+    return "the clip does not move"

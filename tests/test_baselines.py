@@ -210,11 +210,11 @@ def test_a_subject_of_dreamvideo_saved_and_loaded(base, tmp_path, monkeypatch):
     save_subject(path, subject)
     loaded = load_dreamvideo(path, base)
     assert same(loaded.tensors(), subject.tensors()) and loaded.fingerprint() == subject.fingerprint()
-    with pytest.raises(BadInput, match="not a subject of train.py"):
+    with pytest.raises(BadInput, match="not a subject for this command"):
         load_subject(path, base)
     save_subject(tmp_path / "runs" / "y" / "subject.safetensors", random_subject(base))
     assert find_subjects([], base.config.fingerprint)[0].parent.name == "y"
-    with pytest.raises(BadInput, match="not a subject of DreamVideo"):
+    with pytest.raises(BadInput, match="not a subject for this command.*adapters"):
         load_dreamvideo(tmp_path / "runs" / "y" / "subject.safetensors", base)
     with pytest.raises(BadInput, match="was trained on the base tiny0"):
         load_dreamvideo(path, load_base(write_base(tmp_path / "other", seed=1)))
@@ -260,7 +260,7 @@ def test_dreamvideo_learns_the_word_and_then_the_adapters(flags, base, base_fold
     assert [job["lambdas"] for job in jobs] == ["1*4"] * 2
     assert len(list((tmp_path / "outputs").glob("*.mp4"))) == 2
     assert jobs[0]["subjects"][0]["placeholder"] == "V*" and jobs[0]["frames"] == 3
-    with pytest.raises(BadInput, match="not a subject of train.py"):
+    with pytest.raises(BadInput, match="not a subject for this command"):
         in_process(sample, "--base", base_folder, "--subject", "x")
 
 

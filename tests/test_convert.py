@@ -203,7 +203,7 @@ def test_other_models_files_are_never_overwritten(convert_state, tmp_path):
         else:
             save_file({"conv_in.weight": torch.ones(1)}, out / name)
         before = files_of(out)
-        with pytest.raises(BadInput, match=f"{name} in it is another model's"):
+        with pytest.raises(BadInput, match=f"{name} in it belongs to another model"):
             convert_state(golden_state())
         assert files_of(out) == before
         (out / name).unlink()

@@ -1,6 +1,7 @@
 """The networks: sizes of the full UNet, shapes that are free, the learned words among the tokens."""
 import torch
 
+import model
 from model import VOCAB_SIZE, Tokenizer, UNet, UNetConfig
 
 
@@ -39,3 +40,13 @@ def test_learned_row_replaces_only_its_token(base):
         as_word = base.text_encoder(tokenizer(["a dog"]))
         other = base.text_encoder(tokenizer(["a V*"]), row + 1)
     assert torch.equal(other[:, :2], as_word[:, :2]) and not torch.allclose(other[:, 2:], as_word[:, 2:])
+
+
+def test_temporal_attention_in_parts_is_the_same(base, monkeypatch):
+    """CUDA's attention kernels take at most 65,535 sequences, so more are split; here into parts of 7."""
+    z, context = torch.randn(1, 4, 3, 4, 6), torch.randn(1, 77, 32)
+    t, fps = torch.tensor([500]), torch.tensor([8])
+    with torch.no_grad():
+        whole = base.unet(z, t, fps, context)
+        monkeypatch.setattr(model, "CUDA_GRID", 7)
+        assert torch.allclose(base.unet(z, t, fps, context), whole, atol=1e-5)

@@ -1,7 +1,4 @@
-"""Promise 2: a file appears whole or not at all, at any kill or full disk, and --resume continues exactly.
-
-Scripts run in forked children, which need no time to start Python.
-"""
+"""Promise 2: a file appears whole or not at all, at any kill or full disk, and --resume continues exactly."""
 import errno
 import json
 import os
@@ -12,6 +9,7 @@ import stat
 import subprocess
 from itertools import count
 from pathlib import Path
+from unittest.mock import Mock
 
 import imageio.v3 as iio
 import imageio_ffmpeg
@@ -125,7 +123,7 @@ def test_a_base_is_absent_until_its_last_file_is_there(tmp_path):
 
 def test_the_prior_and_videos_are_whole_at_every_kill(tmp_path):
     def main():
-        with prior_writer(Path("prior"), Process(0, 1, "cpu"), 3):
+        with prior_writer(Path("prior"), Process(0, 1, "cpu")):
             for k in range(3):
                 path = Path("prior") / f"{k:04d}.png"
                 if not path.exists():
@@ -211,13 +209,11 @@ def test_a_signal_ends_sampling_and_leaves_whole_videos(base_folder, tmp_path, n
 @pytest.fixture()
 def full_disk(tmp_path, monkeypatch):
     """A folder on a disk of 2 MB. Who may not mount one gets an error when a file is flushed."""
-    def no_space(path):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)]
     mounted = os.geteuid() == 0 and not subprocess.run(mount, capture_output=True).returncode
     if not mounted:
-        monkeypatch.setattr(support.cli, "make_durable", no_space)
+        no_space = OSError(errno.ENOSPC, "No space left on device")
+        monkeypatch.setattr(support.cli, "make_durable", Mock(side_effect=no_space))
     yield tmp_path
     if mounted:
         subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)     # even if a file is still open
@@ -238,14 +234,15 @@ def test_a_full_disk_leaves_the_old_file(full_disk, write):
 
 @pytest.fixture()
 def save(base, tmp_path):
-    """Saves a training after a step, in tmp_path, where one save stays -> its subject and optimizer."""
+    """Saves a training after some steps, in tmp_path, where one save stays -> its subject and optimizer."""
     subject = random_subject(base)
     optimizer = torch.optim.AdamW([subject.v_star])
 
-    def save(step):
-        subject.v_star.grad, subject.steps = torch.ones_like(subject.v_star), step
-        optimizer.step()
-        save_training(tmp_path, subject, optimizer, keep_last=1)
+    def save(*steps):
+        for subject.steps in steps:
+            subject.v_star.grad = torch.ones_like(subject.v_star)
+            optimizer.step()
+            save_training(tmp_path, subject, optimizer, keep_last=1)
         return subject, optimizer
     return save
 
@@ -258,20 +255,16 @@ def test_a_save_is_on_the_disk_before_an_older_one_is_removed(save, monkeypatch)
             events.append((name, re.sub(r".*step-", "", path)))
             return real(file, *more)
         monkeypatch.setattr(os, name, note)
-    for step in (1, 2):
-        save(step)
+    save(1, 2)
     written = max(events.index(("fsync", f"000002/{file}")) for file in ("subject.safetensors", "state.pt"))
     assert written < events.index(("replace", "000002")) < events.index(("rename", "000001"))
 
 
 def test_an_old_save_that_cannot_be_removed_stays_with_one_warning(save, tmp_path, monkeypatch, capsys):
-    def refuse(*args):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
+    refuse = Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))
     monkeypatch.setattr(os, "rename", refuse)
     monkeypatch.setattr(shutil, "rmtree", refuse)
-    for step in (1, 2):
-        save(step)
+    save(1, 2)
     assert [path.name for path in saves(tmp_path)] == ["step-000001", "step-000002"]
     warning, = capsys.readouterr().err.splitlines()
     assert "step-000001" in warning and "Permission denied" in warning

@@ -1,11 +1,9 @@
-"""Promise 3: finished work and others' files are never overwritten, and a folder has one writer.
-
-test_convert.py has the bases.
-"""
+"""Promise 3: finished work and others' files stay, and a folder has one writer. test_convert.py has bases."""
 import errno
 import os
 import shutil
 from pathlib import Path, PurePath
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -46,7 +44,7 @@ def save(base, tmp_path):
 
 OTHERS = """notes.txt .hidden .git/config .tmp-notes.txt .writer.lock.bak log.txt preview-mine.png state.pt
  previews/step-mine.png subject.safetensors.bak step-000002-best/state.pt step-000002-notes.txt step-best/x
- step-1/x step-00001/state.pt prior/mine.txt prior/tiny0-dog/0000.png runs/notes.txt runs/old/subject.safetensors
+ step-1/x step-00001/state.pt prior/mine.txt prior/tiny0-dog/0000.png runs/x.txt runs/old/subject.safetensors
  runs/old/state.pt runs/junk/step-000001/subject.safetensors runs/junk/step-000001/state.pt outputs/mine.mp4
  a-dog-5.txt a-dog-5.gif config.json unet.safetensors.bak""".split()
 
@@ -83,7 +81,7 @@ def test_a_finished_run_is_not_overwritten(flags, call, photos_folder, tmp_path)
     assert not torch.equal(first, second) and len(list(runs.iterdir())) == 2
     for more, message in {f"--out runs/{name}": "holds a run; --resume",
                           f"--resume runs/{name}": "has done 2 already",
-                          f"--resume runs/{name} --steps 3 --out runs/{name}-2": "holds another run"}.items():
+                          f"--resume runs/{name} --steps 3 --out runs/{name}-2": "holds a run"}.items():
         assert message in call(train, *flags[train], *more.split(), code=2).err
 
 
@@ -133,10 +131,7 @@ def test_a_run_that_finds_another_one_finished_meanwhile_is_refused(tmp_path, sa
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("flock")])
 def test_without_locks_there_is_one_warning_that_names_the_lock(flags, call, tmp_path, monkeypatch, error):
-    def acquire(*args, **named):
-        raise error
-
-    monkeypatch.setattr(FileLock, "acquire", acquire)
+    monkeypatch.setattr(FileLock, "acquire", Mock(side_effect=error))
     errors = call(train, *flags[train], "--out", "out").err
     assert errors.count("out/.writer.lock: this file system has no locks") == errors.count(".lock") == 1
     assert steps_done(tmp_path / "out") == 2
@@ -162,15 +157,17 @@ def test_latest_looks_again_where_another_run_has_just_replaced_its_save(save, t
     """The run that saved last is found, although the save that was listed has gone."""
     for run in ("older", "newer"):
         shutil.copytree(save(1), tmp_path / run / "step-000001")
-    os.utime(tmp_path / "older" / "step-000001", (1, 1))
-    real, renamed = support.runs.header_of, []
+        shutil.copy(tmp_path / "subject.safetensors", tmp_path / run)
+    for path in (tmp_path / "older").rglob("*"):
+        os.utime(path, (1, 1))
+    real, renamed = support.runs.read_header, []
 
-    def header_of(folder):
-        if folder.parent.name == "newer" and not renamed:
-            renamed.append(folder.rename(folder.with_name("step-000002")))
-        return real(folder)
+    def read_header(path):
+        if path.parent.parent.name == "newer" and not renamed:
+            renamed.append(path.parent.rename(path.parent.with_name("step-000002")))
+        return real(path)
 
-    monkeypatch.setattr(support.runs, "header_of", header_of)
+    monkeypatch.setattr(support.runs, "read_header", read_header)
     assert latest_run(tmp_path, None) == tmp_path / "newer"
 
 

@@ -12,10 +12,10 @@ import data
 import sample
 import train
 from sample import generate
-from support.cli import BadInput, Process, check_same, join_processes, pick_precision
+from support.cli import BadInput, check_same, join_processes, pick_precision
 from support.config import load_config, save_config
 from support.files import load_base, load_subject, read_header, save_subject
-from support.runs import prior_folder, prior_writer, steps_done
+from support.runs import prior_folder
 
 
 @pytest.fixture()
@@ -170,11 +170,17 @@ def test_processes_that_see_different_saves_are_refused_by_all(tmp_path):
         assert (tmp_path / output).read_text().startswith("error: the processes differ in their save: rank ")
 
 
-def test_a_node_with_a_part_of_the_prior_is_refused(tmp_path):
-    """Two nodes that share no folder make a half each."""
-    with pytest.raises(BadInput, match="has 1 of the prior's 2 files.*share no folder.*--prior"):
-        with prior_writer(tmp_path / "prior", Process(0, 1, torch.device("cpu")), 2):
-            red_picture(tmp_path / "prior" / "0001.png")
+def test_nodes_with_parts_of_the_prior_are_refused(flags, tmp_path):
+    """Two nodes that share no folder make a part of the pictures each."""
+    def main():
+        os.mkdir(os.environ["RANK"])
+        os.chdir(os.environ["RANK"])
+        train.main()
+
+    argv = ["train.py", *flags, "--base", tmp_path / "base", "--images", tmp_path / "photos",
+            "--num_prior", 9]
+    assert [wait(pid) for pid in fork_ranks(2, main, argv, tmp_path)] == [2, 2]
+    assert "error: the processes differ in their prior: rank 0" in (tmp_path / "output").read_text()
 
 
 @pytest.mark.parametrize("machine, device, to_sample, to_train", [

@@ -22,7 +22,6 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -40,8 +39,8 @@ from support.files import load_base, load_subject
 from support.runs import newest_save
 from support.video import labelled, read_json, slug
 from toy.measure import likeness, measure, pixel_features, psnr, through_vae
-from toy.world import (DIRECTIONS, GROUNDS, SPEED, SUBJECTS, caption, colour_words, draw_clip, draw_photos,
-                       random_scene)
+from toy.world import (DIRECTIONS, GROUNDS, SIZE, SPEED, SUBJECTS, Scene, caption, colour_words,
+                       draw_clip, draw_photos, random_scene)
 
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 BATCH = 16                          # clips sampled at once
@@ -136,9 +135,9 @@ def measure_base(args, base, process):
     table.fill("the world's own, after the VAE", captions, judge, range(6), from_the_world)
     table.fill("base", captions, judge, range(6))
     world = [draw_clip(scene, frames=1)[0] for scene in scenes]
-    for what, pictures in (("the world", world), ("the subjects' photos", map(draw_photos, SUBJECTS))):
-        decibels = [psnr(base, picture) for picture in np.reshape([*pictures], (-1, *world[0].shape))]
-        print(f"VAE on {what}: {np.mean(decibels):.1f} dB")
+    photos = [photo for name in SUBJECTS for photo in draw_photos(name)]
+    for shown, pictures in (("the world", world), ("the subjects' photos", photos)):
+        print(f"VAE on {shown}: {np.mean([psnr(base, picture) for picture in pictures]):.1f} dB")
 
 
 def measure_decision(args, base, process):
@@ -151,15 +150,27 @@ def measure_decision(args, base, process):
         seen, asked = measure(clip, scenes[i].fps).direction, scenes[i].direction
         return {"first word": seen == asked, "second word": seen == OPPOSITE[asked]}
 
+    def sample(base, prompts, which):
+        """As `sample_clips`. After k steps the UNet reads `later_prompts` in place of `prompts`."""
+        later = base.encode_text([later_prompts[n] for n in which] + [""] * len(which))  # "" is for guidance
+        first_t, *_ = ddim_steps(base.schedule, base.config.sampling.steps, eta=0)[k]
+        unet, exchanged = base.unet, copy.copy(base)
+        exchanged.unet = lambda z, t, fps, context: unet(z, t, fps, later if t[0] <= first_t else context)
+        return sample_clips(exchanged, prompts, which)
+
     for k in (1, 2, 3, 5, 7, 10, 20):
-        sample = partial(sample_exchanged, later_prompts=later_prompts, k=k)
         table.fill(f"k = {k}", prompts, judge, sample=sample)
 
 
 def measure_claim(args, base, process):
     """Motion, composition and likeness of learned subjects at every schedule, and of the base."""
     if args.subject:
-        measure_rows(args, base, process, "claim", [CLASS_WORD, *SCHEDULES], [load_known(args.subject, base)])
+        subject = load_subject(args.subject, base)
+        name = subject.settings["images"]
+        if name not in SUBJECTS or subject.class_word != SUBJECTS[name][0]:
+            raise BadInput(f"--subject {args.subject}: was learned from {name}, a {subject.class_word}; the "
+                           f"true look is known of toy/subjects only")
+        measure_rows(args, base, process, "claim", [CLASS_WORD, *SCHEDULES], [(subject, name)])
         return
     learned = learn(args, base, process, [DEFAULT, LONGER, MOVING_PRIOR])
     for title, name, rows, training in (
@@ -168,7 +179,12 @@ def measure_claim(args, base, process):
             ("a prior of moving clips", "claim-moving-prior", [CONSTANT_08, PAPER_K5], MOVING_PRIOR)):
         print(f"\n{title}")
         numbers = measure_rows(args, base, process, name, rows, learned[training])
-        print_by_subject({row: numbers[row] for row in (CONSTANT_08, PAPER_K5)}, len(SEEDS))
+        for row in (CONSTANT_08, PAPER_K5):     # the same clips by subject
+            by_subject = {}
+            for metric in ("direction", "likeness"):
+                values = np.reshape(numbers[row][metric], (len(NAMES), -1))
+                by_subject |= {f"{subject} {metric}": own for subject, own in zip(NAMES, values)}
+            print_row(row.name, by_subject, row is CONSTANT_08, len(SEEDS))
     for name in NAMES:
         photos = draw_photos(name)
         of_photos = np.mean([likeness(photo[None], name) for photo in photos])
@@ -177,11 +193,18 @@ def measure_claim(args, base, process):
 
 
 def measure_methods(args, base, process):
-    """Every method of the paper's tables, on three subjects with one seed."""
+    """Every method of the paper's tables on three subjects with one seed, and then the clips of all three."""
     learned = learn(args, base, process, [row.training for row in METHODS], SEEDS[:1])
-    subjects = [subject for known in learned.values() for subject, _ in known]
-    table = Table(args, base, process, "methods", subjects)
-    print_by_subject({row: measure_row(table, row, learned[row.training]) for row in METHODS}, 1)
+    of_all = {row: {} for row in METHODS}
+    for i, name in enumerate(NAMES):
+        print(f"\n{name}")
+        table = Table(args, base, process, f"methods-{name}", [known[i][0] for known in learned.values()])
+        for row, numbers in of_all.items():
+            for metric, values in measure_row(table, row, [learned[row.training][i]]).items():
+                numbers.setdefault(metric, []).extend(values)
+    print(f"\nall {len(NAMES)} subjects")
+    for row, numbers in of_all.items():
+        print_row(row.name, numbers, row is METHODS[0])
 
 
 def measure_recipe(args, base, process):
@@ -208,10 +231,10 @@ def learn(args, base, process, trainings, seeds=SEEDS):
     jobs = list(itertools.product(NAMES, seeds))
     save = lambda training, name, seed: (args.out.absolute() / "runs" / slug(f"{name} {seed} {training.name}")
                                          / f"step-{training.length * steps:06d}")
-    longest = {}    # of the trainings that share a run
-    for training in sorted(trainings, key=lambda training: training.length):
-        longest |= {(training.name, *job): training for job in jobs}
-    for (_, *job), training in list(longest.items())[process.rank::process.world]:
+    # The longest training of a run makes the saves of the shorter ones too.
+    longest = {training.name: training for training in sorted(trainings, key=lambda each: each.length)}
+    runs = list(itertools.product(longest.values(), jobs))
+    for training, job in runs[process.rank::process.world]:
         if not save(training, *job).exists():
             train(args.base, training, save(training, *job).parent, steps, *job)
     wait_for_all(process)
@@ -239,18 +262,8 @@ def train(base_folder, training, folder, steps, name, seed):
         raise BadInput(f"training {folder.name}: stopped, see above; the same command continues with it")
 
 
-def load_known(path, base):
-    """-> Subject, and its name in toy/subjects, where the true look is known. Raises BadInput."""
-    subject = load_subject(path, base)
-    name = subject.settings["images"]
-    if name not in SUBJECTS or subject.class_word != SUBJECTS[name][0]:
-        raise BadInput(f"--subject {path}: was learned from {name}, a {subject.class_word}; the true look is "
-                       f"known of toy/subjects only")
-    return subject, name
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Rows
+# Scenes, clips and rows
 
 
 def unseen_scenes(count):
@@ -271,6 +284,11 @@ def against(scene, seen, names):
     return numbers | {"distance": distance, "frozen": seen.frozen, "broken": seen.broken > 0}
 
 
+def sample_clips(base, prompts, which, subjects=(), lambdas=None):
+    """The prompts numbered `which`, each with its number as seed -> clips (B, T, H, W, 3) uint8."""
+    return generate(base, [prompts[n] for n in which], which, subjects, lambdas=lambdas).numpy()
+
+
 def measure_rows(args, base, process, name, rows, learned):
     """A table whose rows all sample the same subjects -> row -> metric -> a number per clip."""
     table = Table(args, base, process, name, [subject for subject, _ in learned])
@@ -284,14 +302,12 @@ def measure_row(table, row, learned):
     prompts ask for every direction on every ground in turn.
     """
     settings, share = table.base.config.sampling, table.args.clips // len(learned)
-    places = itertools.cycle(itertools.product(GROUNDS, DIRECTIONS))    # of a scene, only these are asked for
-    scenes = [replace(scene, ground=ground, direction=direction)
-              for scene, (ground, direction) in zip(unseen_scenes(table.args.clips), places)]
-    prompts = []
-    for n, scene in enumerate(scenes):
-        subject, _ = learned[n // share]
+    places, scenes, prompts = itertools.cycle(itertools.product(GROUNDS, DIRECTIONS)), [], []
+    for n, (ground, direction) in zip(range(table.args.clips), places):
+        subject, name = learned[n // share]
+        scenes.append(Scene(*SUBJECTS[name], ground, direction))
         named = f"{subject.placeholder} {subject.class_word}" if row.lambdas else subject.class_word
-        prompts.append(f"a {named} moving {scene.direction} on the {scene.ground}")
+        prompts.append(f"a {named} moving {direction} on the {ground}")
 
     def sample(base, prompts, which):
         if not row.lambdas:
@@ -323,7 +339,7 @@ class Table:
     """
 
     def __init__(self, args, base, process, name, subjects=()):
-        self.args, self.base, self.process, self.rows, self.printed = args, base, process, {}, False
+        self.args, self.base, self.process, self.printed = args, base, process, False
         self.settings = {"clips": args.clips, "base": base.config.fingerprint, "precision": base.precision,
                          "sampling": asdict(base.config.sampling),
                          "subjects": [subject.fingerprint() for subject in subjects]}
@@ -332,48 +348,40 @@ class Table:
         if recorded.get("settings") != self.settings:
             raise BadInput(f"--out {args.out}: {self.path.name} in it has other settings "
                            f"({recorded.get('settings')}); name another folder")
-        if self.picture.exists():   # if not, the rows' clips are made again
-            self.rows = recorded["rows"]
+        self.rows = recorded["rows"] if self.picture.exists() else {}   # without it they are made again
 
     def fill(self, name, prompts, judge, examples=(0, 1), sample=None, trainings=1):
         """Samples every prompt, clip n from seed n, and judges the clips -> metric -> a number per clip.
 
         judge: function (n, clip) -> metric -> number. sample: function (base, prompts, which) -> clips, by
         default `sample_clips`. The picture shows the clips numbered `examples`. `trainings`: how many share
-        the clips (print_row).
+        the clips (print_row). Processes share the work.
         """
         if name not in self.rows:
-            judged, shown = self.judge_clips(name, prompts, judge, sample or sample_clips, examples)
+            mine = range(self.process.rank, len(prompts), self.process.world)
+            batches = [mine[i:i + BATCH] for i in range(0, len(mine), BATCH)]
+            judged, films = {}, {}
+            for batch in Progress(batches, desc=name, unit=f"{BATCH} clips", disable=self.process.rank > 0):
+                for n, clip in zip(batch, (sample or sample_clips)(self.base, prompts, batch)):
+                    judged[n] = {metric: float(value) for metric, value in judge(n, clip).items()}
+                    if n in examples:
+                        films[n] = clip[[0, 2, 5, 7]]
+            for theirs, their_films in of_all_processes((judged, films), self.process):
+                judged, films = judged | theirs, films | their_films
             self.rows[name] = {metric: [judged[n][metric] for n in sorted(judged)] for metric in judged[0]}
             if self.process.rank == 0:
-                self.save(name, [shown[n] for n in sorted(shown)])
+                self.save(name, [films[n] for n in sorted(films)])
         print_row(name, self.rows[name], not self.printed, trainings)
         self.printed = True
         return self.rows[name]
 
-    def judge_clips(self, name, prompts, judge, sample, examples):
-        """-> n -> metric -> number, and n -> clip for the examples. Processes share the work."""
-        mine = range(self.process.rank, len(prompts), self.process.world)
-        batches = [mine[i:i + BATCH] for i in range(0, len(mine), BATCH)]
-        judged, shown = {}, {}
-        for batch in Progress(batches, desc=name, unit=f"{BATCH} clips", disable=self.process.rank > 0):
-            for n, clip in zip(batch, sample(self.base, prompts, batch)):
-                judged[n] = {metric: float(value) for metric, value in judge(n, clip).items()}
-                if n in examples:
-                    shown[n] = clip
-        for theirs_judged, theirs_shown in of_all_processes((judged, shown), self.process):
-            judged, shown = judged | theirs_judged, shown | theirs_shown
-        return judged, shown
-
-    def save(self, name, clips):
-        """Writes the rows so far as JSON, and adds a strip with half of the clips' frames to the picture."""
+    def save(self, name, films):
+        """Writes the rows so far as JSON, and adds a strip with films (T, H, W, 3) to the picture."""
         with atomic_write(self.path) as temporary:
             temporary.write_text(json.dumps({"settings": self.settings, "rows": self.rows}) + "\n")
-        films = []
-        for clip in clips:
-            gap = np.full_like(clip[0, :, :8], 255)
-            films.append(Image.fromarray(np.concatenate([*clip[[0, 2, 5, 7]], gap], axis=1)))
-        strips = [np.asarray(labelled(films, name))]
+        gap = np.full((SIZE, 8, 3), 255, np.uint8)
+        images = [Image.fromarray(np.concatenate([*film, gap], axis=1)) for film in films]
+        strips = [np.asarray(labelled(images, name))]
         if len(self.rows) > 1:
             strips.insert(0, np.asarray(Image.open(self.picture)))
         with atomic_write(self.picture) as temporary:
@@ -402,16 +410,6 @@ def mean_and_error(values, trainings):
     return f"{np.mean(values):.3f} ± {error:.3f}"
 
 
-def print_by_subject(measured, seeds):
-    """measured: row -> metric -> a number per clip. Each subject in NAMES was learned with `seeds` seeds."""
-    for i, (row, numbers) in enumerate(measured.items()):
-        by_subject = {}
-        for metric in ("direction", "likeness"):
-            for name, values in zip(NAMES, np.reshape(numbers[metric], (len(NAMES), -1))):
-                by_subject[f"{name} {metric}"] = values
-        print_row(row.name, by_subject, i == 0, seeds)
-
-
 def print_differences(measured):
     """measured: name of a training, the default's first -> metric -> a number per clip, at K = 5.
 
@@ -435,25 +433,6 @@ def print_differences(measured):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Sampling
-
-
-def sample_clips(base, prompts, which, subjects=(), lambdas=None):
-    """The prompts numbered `which`, each with its number as seed -> clips (B, T, H, W, 3) uint8."""
-    return generate(base, [prompts[n] for n in which], which, subjects, lambdas=lambdas).numpy()
-
-
-@torch.no_grad()
-def sample_exchanged(base, prompts, which, later_prompts, k):
-    """As `sample_clips`. After k steps the UNet reads `later_prompts` in place of `prompts`."""
-    later = base.encode_text([later_prompts[n] for n in which] + [""] * len(which))     # "" is for guidance
-    first_t, *_ = ddim_steps(base.schedule, base.config.sampling.steps, eta=0)[k]
-    unet, exchanged = base.unet, copy.copy(base)
-    exchanged.unet = lambda z, t, fps, context: unet(z, t, fps, later if t[0] <= first_t else context)
-    return sample_clips(exchanged, prompts, which)
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Flags
 
 
@@ -462,7 +441,7 @@ EXPERIMENTS = {
     "base": (measure_base, 256, 1),
     "decided": (measure_decision, 64, 1),
     "claim": (measure_claim, 192, len(NAMES) * len(SEEDS)),
-    "methods": (measure_methods, 96, len(NAMES)),
+    "methods": (measure_methods, 32, 1),
     "recipe": (measure_recipe, 192, len(NAMES) * len(SEEDS))}
 
 

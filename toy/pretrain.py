@@ -84,10 +84,10 @@ def train_vae(args, process):
     batch, kl_weight = 16, 1e-6
     torch.manual_seed(process.rank)  # noise of its own for each process; all start from rank 0's weights
     vae = SampledVAE(CONFIG.vae).to(process.device, memory_format=torch.channels_last)
-    run = Run("vae", args.out, process, vae, lr=1.5e-3, steps=args.vae_steps)
+    run = Run("vae", args.out, process, vae, lr=1.5e-3, scales={vae: 1}, steps=args.vae_steps)
     if run.step >= run.steps:
         return
-    pictures = draw_pictures(min(20_000, batch * run.steps), seed=1)
+    pictures = draw_pictures(min(20_000, batch * run.steps))
     while run.step < run.steps:
         rng = np.random.default_rng((2, run.step))
         chosen = rng.integers(len(pictures), size=batch)[process.rank::process.world]
@@ -101,12 +101,12 @@ def train_vae(args, process):
         run.optimize(4 * mse + 0.2 * l1 + kl_weight * kl, {"psnr": 10 * torch.log10(4 / mse), "kl": kl})
 
 
-def draw_pictures(count, seed):
+def draw_pictures(count):
     """-> (N, 64, 64, 3) uint8: a third from the world, the others sprites of any colour, size and turn.
 
     Like VideoCrafter2's, this VAE has to code pictures that its UNet never saw, such as a subject's.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(1)
     pictures = []
     for i in range(count):
         scene = random_scene(rng)
@@ -136,7 +136,7 @@ def encode_clips(args, process):
     path, batch = args.out / "latents.safetensors", 32
     if path.exists():
         return
-    vae = load_average(build_part("vae", CONFIG), "vae", args)
+    vae = load_average(build_part("vae", CONFIG), args.out / "vae.pt")
     vae.to(process.device, memory_format=torch.channels_last)
     scenes, side = training_scenes(args.clips), SIZE // CONFIG.vae.factor
     shape = (len(scenes), FRAMES, Z_CHANNELS, side, side)
@@ -180,7 +180,7 @@ def train_unet(args, process):
     A step on 64 frames is cheaper than one on 16 clips, and shows four times as many looks with their names.
     """
     torch.manual_seed(0)
-    data = load_file(made_by("latents", args.out / "latents.safetensors"))
+    data = load_file(args.out / "latents.safetensors")
     latents = data["latents"].float() * LATENT_STD / data["std"]
     scenes = training_scenes(len(latents))
     schedule, tokenizer = NoiseSchedule(CONFIG.schedule), Tokenizer()
@@ -190,8 +190,8 @@ def train_unet(args, process):
     nn.init.normal_(network.text_encoder.token_embedding.weight, std=0.5)
     nn.init.normal_(network.text_encoder.positional_embedding, std=0.2)
     # A fast tower would soon tell only what single frames need, so the UNet would never learn the directions.
-    run = Run("unet", args.out, process, network, lr=1e-3, steps=args.image_steps + args.clip_steps,
-              scales=[(network.unet, 1.0), (network.text_encoder, 0.1)])
+    run = Run("unet", args.out, process, network, lr=1e-3,
+              scales={network.unet: 1, network.text_encoder: 0.1}, steps=args.image_steps + args.clip_steps)
     w = loss_weights(CONFIG, schedule).to(process.device)
     while run.step < run.steps:
         single = run.step % 4 > 0 if run.step < args.image_steps else run.step % 4 == 0
@@ -235,9 +235,9 @@ def export(args, process):
     """The averaged weights become a base folder, which appears whole."""
     if process.rank > 0:
         return
-    predictor = load_average(NoisePredictor(), "unet", args)
-    networks = {"unet": predictor.unet, "vae": load_average(build_part("vae", CONFIG), "vae", args),
-                "text_encoder": predictor.text_encoder}
+    predictor = load_average(NoisePredictor(), args.out / "unet.pt")
+    networks = {"unet": predictor.unet, "text_encoder": predictor.text_encoder,
+                "vae": load_average(build_part("vae", CONFIG), args.out / "vae.pt")}
     # Words that no caption has were never trained. Their random rows become 0, so these words mean nothing.
     captions = [caption(scene) for scene in training_scenes(2000)]
     untrained = torch.ones(len(predictor.text_encoder.token_embedding.weight), dtype=torch.bool)
@@ -246,7 +246,7 @@ def export(args, process):
 
     states = {part: {name: x.bfloat16().contiguous() for name, x in networks[part].state_dict().items()}
               for part in PARTS}
-    factor = LATENT_STD / load_file(made_by("latents", args.out / "latents.safetensors"))["std"].item()
+    factor = LATENT_STD / load_file(args.out / "latents.safetensors")["std"].item()
     values = ((f"{part}.{name}", states[part][name]) for part in PARTS for name in sorted(states[part]))
     config = replace(CONFIG, fingerprint=fingerprint(values), vae=replace(CONFIG.vae, latent_factor=factor))
     with lock_folder(args.base), ExitStack() as files:
@@ -255,8 +255,7 @@ def export(args, process):
         for part in PARTS:
             temporary = files.enter_context(atomic_write(args.base / f"{part}.safetensors"))
             save_file(states[part], temporary, {"fingerprint": config.fingerprint})
-    parameters = sum(x.numel() for state in states.values() for x in state.values())
-    print(f"wrote {args.base}: {parameters / 1e6:.2f} M parameters, fingerprint {config.fingerprint}")
+    print(f"wrote {args.base}, fingerprint {config.fingerprint}")
 
 
 def check_replaced(folder):
@@ -267,20 +266,11 @@ def check_replaced(folder):
         raise BadInput(f"--base {folder}: {present[0]} in it is another model's; name another folder")
 
 
-def made_by(stage, path):
-    """`path`, which an earlier stage makes. Raises BadInput."""
-    if not path.exists():
-        raise BadInput(f"{path}: no such file; --stage {stage} makes it")
-    return path
-
-
-def load_average(network, stage, args):
-    """Puts the moving average of a stage's weights into `network`, in eval mode."""
-    path = made_by(stage, args.out / f"{stage}.pt")
-    average = torch.load(path, map_location="cpu", weights_only=True)["average"]
-    del average["n_averaged"]
-    network.load_state_dict({name.removeprefix("module."): x for name, x in average.items()})
-    return network.eval()
+def load_average(network, path):
+    """-> a copy of `network`, in eval mode, with the moving average of the weights that a run saved."""
+    average = AveragedModel(network)
+    average.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["average"])
+    return average.module.eval()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -295,13 +285,12 @@ class Run:
     EMA, SAVE_EVERY = 0.998, 200
     SAVED = ("network", "average", "optimizer")
 
-    def __init__(self, name, out, process, network, lr, steps, scales=()):
-        """scales: (part of the network, the factor of its learning rate) for all parts, if they differ."""
+    def __init__(self, name, out, process, network, lr, scales, steps):
+        """scales: part of the network -> the factor of its learning rate."""
         self.path, self.process, self.network = out / f"{name}.pt", process, network
         self.lr, self.steps, self.step = lr, steps, 0
         self.model = DistributedDataParallel(network) if process.world > 1 else network
-        groups = [{"params": list(part.parameters()), "scale": scale}
-                  for part, scale in scales or [(network, 1.0)]]
+        groups = [{"params": list(part.parameters()), "scale": scale} for part, scale in scales.items()]
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
         self.average = AveragedModel(network, avg_fn=self.mix)
         if self.path.exists():
@@ -360,7 +349,7 @@ SIZES = {"vae_steps": (9000, "steps of the VAE on 16 pictures"),
 def parse_args():
     p = FlagParser(description="Pre-train the embedded base.")
     p.add_argument("--stage", choices=["all", *STAGES], default="all",
-                   help="what to do (default: %(default)s)")
+                   help="what to do, which needs the files of the stages before it (default: %(default)s)")
     p.add_argument("--out", type=Path, default=Path("runs/pretrain"),
                    help="folder for every stage's state (default: %(default)s)")
     p.add_argument("--base", type=Path, help="folder that the base is written to (default: OUT/base)")

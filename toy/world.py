@@ -139,20 +139,13 @@ def random_scene(rng, unseen=False):
         if held_out(shape, look, ground, direction) == unseen:
             break
     fps = int(rng.choice([6, 8, 8, 8, 12]))
-    start = random_start(rng, direction, fps)
+    # A sprite starts somewhat behind the middle, and heads out. If every path were centred, a clip played
+    # backwards would be as likely as the clip, and no network would learn the order of frames before it knew
+    # the captions' words.
+    behind = 0.3 * SPEED / fps * (FRAMES - 1) * np.array(DIRECTIONS[direction])
+    start = tuple(SIZE / 2 + rng.uniform(-5, 5, 2) - behind)
     return Scene(shape, look, ground, direction, start, radius=rng.uniform(15, 18),
                  angle=rng.uniform(-0.3, 0.3), fps=fps, texture=int(rng.integers(TEXTURES)))
-
-
-def random_start(rng, direction, fps):
-    """(x, y) somewhat behind the middle: the sprite crosses the middle and heads out.
-
-    So the first frame and the last differ, as in filmed clips. If every path were centred, a clip played
-    backwards would be as likely as the clip itself. Then no network would learn the order of frames before
-    it knew the captions' words.
-    """
-    travel = SPEED / fps * (FRAMES - 1)
-    return tuple(SIZE / 2 + rng.uniform(-5, 5, 2) - 0.3 * travel * np.array(DIRECTIONS[direction]))
 
 
 def caption(scene, rng=None):
@@ -222,15 +215,10 @@ def polygon_distance(u, v, corners):
     return np.where(inside, -1, 1) * np.sqrt(nearest)
 
 
-def triangle_corners():
-    a = np.deg2rad([-90, 30, 150])
-    return np.stack([0.95 * np.cos(a), 0.95 * np.sin(a) + 0.12], axis=1)
-
-
-def star_corners():
-    a = np.deg2rad(np.arange(10) * 36 - 90)
-    r = np.where(np.arange(10) % 2, 0.46, 1.02)
-    return np.stack([r * np.cos(a), r * np.sin(a) + 0.05], axis=1)
+def corners_around(radii, degrees, down):
+    """Corners (N, 2) at radii and angles around a centre that lies `down` below the sprite's."""
+    a = np.deg2rad(degrees)
+    return np.stack([radii * np.cos(a), radii * np.sin(a) + down], axis=1)
 
 
 def heart_corners():
@@ -239,7 +227,8 @@ def heart_corners():
     return np.stack([16 * np.sin(a) ** 3, -height], axis=1) / 17
 
 
-CORNERS = {"triangle": triangle_corners(), "star": star_corners(), "heart": heart_corners()}
+CORNERS = {"triangle": corners_around(0.95, [-90, 30, 150], 0.12), "heart": heart_corners(),
+           "star": corners_around([1.02, 0.46] * 5, np.arange(-90, 270, 36), 0.05)}
 
 
 def shape_distance(shape, u, v):
