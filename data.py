@@ -145,17 +145,23 @@ def load_photos(folder, height, width, placeholder, class_word):
 
 def check_photos(photos, height, width):
     """Warns about photos that are too small or lose more than half to the crop, and about stray captions."""
-    frame = f"{width}x{height} pixels"
+    small = f"smaller than {width}x{height} pixels, so enlarged; larger photos show more detail"
+    cut = (f"a crop of {width}x{height} pixels loses more than half; crop nearer to that shape, or change "
+           f"--height and --width")
+    stray = "skipped, because no photo has this name"
+    problems, folder = {small: [], cut: []}, photos[0].path.parent
     for photo in photos:
-        if photo.image.width < width or photo.image.height < height:
-            warn(f"{photo.path}: is smaller than {frame}, so it is enlarged; larger photos show more detail")
-        if not 0.5 <= (photo.image.width * height) / (photo.image.height * width) <= 2:
-            warn(f"{photo.path}: a crop of {frame} loses more than half of it; crop it to that shape, or "
-                 f"change --height and --width")
-    captions = {caption_file(photo.path) for photo in photos}
-    texts = {path for path in photos[0].path.parent.iterdir() if path.suffix.lower() in (".txt", ".caption")}
-    for path in sorted(texts - captions):
-        warn(f"{path}: skipped, because no photo has this name, or it has another caption")
+        w, h = photo.image.size
+        if w < width or h < height:
+            problems[small].append(photo.path.name)
+        if not 0.5 <= (w * height) / (h * width) <= 2:
+            problems[cut].append(photo.path.name)
+    texts = {path for path in folder.iterdir() if path.suffix.lower() in (".txt", ".caption")}
+    problems[stray] = sorted(path.name for path in texts - {caption_file(photo.path) for photo in photos})
+    for problem, names in problems.items():
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            warn(f"{folder}: {', '.join(names[:5])}{more}: {problem}")
 
 
 def load_prior(folder, count, num_frames, height, width):

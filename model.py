@@ -137,8 +137,7 @@ class TemporalTransformer(nn.Module):
         B, (H, W) = emb.shape[0], x.shape[2:]
         h = self.norm(x.unflatten(0, (B, -1)).transpose(1, 2))      # (B, C, T, H, W), normed over T, H, W
         h = h.permute(0, 3, 4, 2, 1).flatten(0, 2)                          # (B*H*W, T, C)
-        parts = [self.proj_out(self.block(self.proj_in(part))) for part in h.split(CUDA_GRID)]
-        h = torch.cat(parts) if len(parts) > 1 else parts[0]
+        h = torch.cat([self.proj_out(self.block(self.proj_in(part))) for part in h.split(CUDA_GRID)])
         h = h.unflatten(0, (B, H, W)).permute(0, 3, 4, 1, 2)                # (B, T, C, H, W)
         return x + h.flatten(0, 1)                                          # (B*T, C, H, W)
 

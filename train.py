@@ -11,6 +11,7 @@ OUT/preview.png. V* and the pairs (A, B) are trained, 96 for VideoCrafter2. Ever
 Shapes: B subject clips per process and as many prior clips, T frames, L text tokens, D text width;
 latents z (B, 4, T, h, w), 8 times smaller than pixels.
 """
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -157,7 +158,8 @@ def scaled_lr(training, process):
     clips = process.world * training.batch_size * training.grad_accum * (2 if training.alpha else 1)
     lr = training.lr * clips if training.scale_lr else training.lr
     if process.rank == 0:
-        print(f"learning rate {lr:g}" + (f" = {training.lr:g} x {clips} clips" if training.scale_lr else ""))
+        source = f" = {training.lr:.3e} x {clips} clips" if training.scale_lr else ""
+        print(re.sub(r"\.?0*e-0?", "e-", f"learning rate {lr:.3e}{source}"))   # 2.4e-4 = 3e-5 x 8 clips
     return lr
 
 

@@ -87,16 +87,23 @@ class Progress(tqdm):
     every = 30.0
 
     def __init__(self, *args, **kwargs):
-        self.on_terminal = sys.stderr.isatty()
+        self.on_terminal, self.last_shown = sys.stderr.isatty(), kwargs.get("initial", 0)
         if not self.on_terminal:
-            kwargs["mininterval"] = self.every
+            kwargs |= {"bar_format": "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+                       "mininterval": self.every, "leave": False}
         super().__init__(*args, **kwargs)
 
     def display(self, msg=None, pos=None):
         if self.on_terminal:
             super().display(msg, pos)
-        else:
-            print(self, file=self.fp, flush=True)
+        elif msg is None and self.n > self.last_shown:
+            self.last_shown = self.n
+            print(f"{self.desc.removesuffix(': ')}: {self}", file=self.fp, flush=True)
+
+    def close(self):
+        if not self.on_terminal and not self.disable:
+            self.display()
+        super().close()
 
 
 class FlagParser(argparse.ArgumentParser):

@@ -36,7 +36,9 @@ def pick_run(args, photos, process, suffix=""):
     run is never overwritten. Raises BadInput, also if the nodes find different saves.
     """
     runs, name = Path("runs"), f"{Path(os.path.abspath(args.images)).name}{suffix}"
-    save = pick_save(args.resume, args.out, runs, digest_of_photos(photos)) if args.resume else None
+    save = None
+    if args.resume is not None:
+        save = pick_save(args.resume, args.out, runs, digest_of_photos(photos))
     if save and (args.out is None or args.out.resolve() == save.parent.resolve()):
         out = save.parent
         if save != newest_save(out):
@@ -207,11 +209,15 @@ def load_training(save, subject, optimizer, steps):
         state = torch.load(save / "state.pt", map_location="cpu", weights_only=True)
         step, settings, adamw = state["step"], state["settings"], state["optimizer"]
         tensors = load_file(save / "subject.safetensors")
+        moments = [moment["exp_avg"].shape for _, moment in sorted(adamw["state"].items())]
     except Exception as error:  # pickle, zip and safetensors each raise errors of their own
         raise BadInput(f"--resume {save}: not readable ({one_line(error)}); try an older save") from None
     check_settings(save, settings, subject.settings)
     if step >= steps and steps_done(save.parent) >= step:
         raise BadInput(f"--steps {steps}: {save} has done {step} already; ask for more to continue")
+    parameters = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+    if moments != parameters:   # PyTorch would notice this only at the next step
+        raise BadInput(f"--resume {save}: its optimizer is of a training of other layers; try an older save")
     with torch.no_grad():
         for name, parameter in subject.tensors().items():
             parameter.copy_(tensors[name])
