@@ -306,7 +306,8 @@ def lock_folder(folder, wait=False):
     except (OSError, NotImplementedError) as error:
         warn(f"{file}: this file system has no locks ({one_line(error)}); start no other run in that folder")
     try:
-        for path in folder.glob(".tmp-[0-9]*-*") if lock.is_locked else []:
+        unfinished = [*folder.glob(".tmp-[0-9]*-*"), *folder.glob("previews/.tmp-[0-9]*-*")]
+        for path in unfinished if lock.is_locked else []:
             with suppress(OSError):     # another process may still read it
                 remove(path)
         yield

@@ -7,6 +7,7 @@ class prior that a base generates lies beside the runs that use it.
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import time
@@ -210,7 +211,9 @@ def load_training(save, subject, optimizer, steps):
         step, settings, adamw = state["step"], state["settings"], state["optimizer"]
         tensors = load_file(save / "subject.safetensors")
         moments = [moment["exp_avg"].shape for _, moment in sorted(adamw["state"].items())]
-    except Exception as error:  # pickle, zip and safetensors each raise errors of their own
+    except pickle.UnpicklingError:      # PyTorch's own advice would be to run what the file contains
+        raise BadInput(f"--resume {save}: state.pt is damaged or would run code; try an older save") from None
+    except Exception as error:  # zip and safetensors each raise errors of their own
         raise BadInput(f"--resume {save}: not readable ({one_line(error)}); try an older save") from None
     check_settings(save, settings, subject.settings)
     if step >= steps and steps_done(save.parent) >= step:

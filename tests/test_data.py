@@ -4,10 +4,12 @@ import pytest
 import torch
 from PIL import Image
 
-from data import Samples, crop, load_photos, load_picture, noise_sample
+import data
+from data import Samples, crop, load_photos, load_picture, load_prior, noise_sample
 from model import Tokenizer
 from support.cli import BadInput
 from support.config import SamplingDefaults, TrainingDefaults
+from support.video import write_mp4
 
 
 def gradient(w=60, h=40):
@@ -159,3 +161,40 @@ def test_bad_folders_are_refused_and_bad_files_skipped(tmp_path, capsys):
     (tmp_path / "good.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BadInput, match="good.txt"):
         load_photos(tmp_path, 32, 48, "V*", "dog")
+
+
+def ramp(w, h, axis=1):
+    """A picture whose grey grows along one side, from 0 to 255."""
+    line = np.linspace(0, 255, (h, w)[axis])
+    grey = np.broadcast_to(line if axis else line[:, None], (h, w))
+    return Image.fromarray(np.repeat(grey[..., None], 3, 2).astype(np.uint8))
+
+
+@pytest.mark.parametrize("size", [(12_000, 9_000), (16_320, 12_240)])
+def test_phone_photos_are_scaled_down_while_they_are_decoded(tmp_path, monkeypatch, size):
+    Image.new("L", size, 200).save(tmp_path / "phone.jpg", quality=50)
+    decoded, real = [], data.in_srgb
+    note = lambda image, profile: (decoded.append(image), real(image, profile))[1]
+    monkeypatch.setattr(data, "in_srgb", note)
+    image = load_picture(tmp_path / "phone.jpg", 512)
+    assert min(image.size) == 1024 and image.getpixel((9, 9)) == (200, 200, 200)
+    assert decoded[0].width <= size[0] / 4
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_prior_crops_lie_along_all_of_the_longer_side(tmp_path, axis):
+    for i in range(40):
+        ramp(*((256, 32) if axis else (32, 256)), axis).save(tmp_path / f"{i}.png")
+    means, again = ([video.mean().item() for video, *_ in load_prior(tmp_path, 40, 1, 32, 32)]
+                    for _ in range(2))
+    assert min(means) < -0.75 and max(means) > 0.75     # centred crops have 0, the ends have -0.87 and 0.87
+    assert means == again
+
+
+def test_a_prior_video_keeps_its_crop_and_its_caption(tmp_path, capsys):
+    write_mp4(tmp_path / "a.mp4", np.stack([np.asarray(ramp(256, 32))] * 3), 8, quality=10)
+    (tmp_path / "a.txt").write_text("a dog on the grass")
+    (tmp_path / "b.mp4").write_bytes(b"not a video")
+    (still, caption, _), = load_prior(tmp_path, 2, 3, 32, 32)
+    assert still.shape == (3, 3, 32, 32) and (still - still[:1]).abs().max() < 0.05
+    assert caption == "a dog on the grass" and "b.mp4: not readable" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import sample as script
 from lora import MergedLoRA
@@ -13,7 +14,7 @@ from makers import ROOT, fork_ranks, random_subject, wait
 from model import NoiseSchedule, ScheduleConfig
 from sample import ddim, ddim_steps, parse_lambdas, two_step_schedule
 from support.files import save_subject
-from support.video import motion_line, motion_similarity
+from support.video import labelled, motion_line, motion_similarity
 
 
 def test_fifty_steps_are_upstreams():
@@ -237,3 +238,10 @@ def readme_block(heading):
     """The first python block of the README's section."""
     section = (ROOT / "README.md").read_text().split(f"## {heading}")[1]
     return section.split("```python\n")[1].split("```")[0]
+
+
+def test_labels_show_letters_that_the_font_has():
+    image = [Image.new("RGB", (96, 64))]
+    for label, shown in [("step 5: a V* собака", "step 5: a V* "), ("café naïve", "cafe naive"), ("犬", "")]:
+        assert labelled(image, label).tobytes() == labelled(image, shown).tobytes()
+    assert labelled(image, "a").tobytes() != labelled(image, "").tobytes()

@@ -383,7 +383,7 @@ class Table:
         images = [Image.fromarray(np.concatenate([*film, gap], axis=1)) for film in films]
         strips = [np.asarray(labelled(images, name))]
         if len(self.rows) > 1:
-            strips.insert(0, np.asarray(Image.open(self.picture)))
+            strips.insert(0, np.asarray(Image.open(self.picture, formats=["PNG"])))
         with atomic_write(self.picture) as temporary:
             Image.fromarray(np.concatenate(strips)).save(temporary, format="png")
 
