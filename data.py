@@ -19,7 +19,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from model import NOISE_LEVELS, Z_CHANNELS, Tokenizer, pixels
 from support.cli import BadInput, one_line, warn
-from support.texts import caption_file, read_caption, subject_caption
+from support.texts import check_photos, read_caption, subject_caption
 from support.video import VIDEOS, first_frames
 
 # "{}" is "V* dog". A few templates keep V* from binding to the words around it.
@@ -141,27 +141,6 @@ def load_photos(folder, height, width, placeholder, class_word):
               for path, image in pictures]
     check_photos(photos, height, width)
     return photos
-
-
-def check_photos(photos, height, width):
-    """Warns about photos that are too small or lose more than half to the crop, and about stray captions."""
-    small = f"smaller than {width}x{height} pixels, so enlarged; larger photos show more detail"
-    cut = (f"a crop of {width}x{height} pixels loses more than half; crop nearer to that shape, or change "
-           f"--height and --width")
-    stray = "skipped, because no photo has this name"
-    problems, folder = {small: [], cut: []}, photos[0].path.parent
-    for photo in photos:
-        w, h = photo.image.size
-        if w < width or h < height:
-            problems[small].append(photo.path.name)
-        if not 0.5 <= (w * height) / (h * width) <= 2:
-            problems[cut].append(photo.path.name)
-    texts = {path for path in folder.iterdir() if path.suffix.lower() in (".txt", ".caption")}
-    problems[stray] = sorted(path.name for path in texts - {caption_file(photo.path) for photo in photos})
-    for problem, names in problems.items():
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            warn(f"{folder}: {', '.join(names[:5])}{more}: {problem}")
 
 
 def load_prior(folder, count, num_frames, height, width):

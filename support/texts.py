@@ -1,4 +1,4 @@
-"""Captions and prompts: where they come from, and whether V* is in them."""
+"""Captions and prompts: where they come from, and whether V* is in them; warnings about poor photos."""
 import os
 import re
 
@@ -55,6 +55,27 @@ def subject_caption(picture, placeholder, class_word):
         warn(f"{path}: lacks {placeholder}; read as {caption!r}")
     tokens_of([caption], [placeholder], path)
     return caption
+
+
+def check_photos(photos, height, width):
+    """Warns about photos that are too small or lose more than half to the crop, and about stray captions."""
+    small = f"smaller than {width}x{height} pixels, so enlarged; larger photos show more detail"
+    cut = (f"a crop of {width}x{height} pixels loses more than half; crop nearer to that shape, or change "
+           f"--height and --width")
+    stray = "skipped, because no photo has this name"
+    problems, folder = {small: [], cut: []}, photos[0].path.parent
+    for photo in photos:
+        w, h = photo.image.size
+        if w < width or h < height:
+            problems[small].append(photo.path.name)
+        if not 0.5 <= (w * height) / (h * width) <= 2:
+            problems[cut].append(photo.path.name)
+    texts = {path for path in folder.iterdir() if path.suffix.lower() in (".txt", ".caption")}
+    problems[stray] = sorted(path.name for path in texts - {caption_file(photo.path) for photo in photos})
+    for problem, names in problems.items():
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            warn(f"{folder}: {', '.join(names[:5])}{more}: {problem}")
 
 
 # ------------------------------------------------------------------------------------------------------------
