@@ -1,7 +1,4 @@
-"""What several test files make: small bases and subjects with random weights, and a way to run the scripts.
-
-No test is here, and no fixture (conftest.py has those).
-"""
+"""What several test files make: small bases, subjects with random weights, and a way to run the scripts."""
 import json
 import os
 import socket
@@ -10,7 +7,6 @@ import sys
 import time
 import traceback
 import zlib
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +21,6 @@ from support.config import BaseConfig, SamplingDefaults, TrainingDefaults, save_
 from support.files import PARTS, Subject, build_part, fingerprint  # noqa: E402
 from lora import target_names  # noqa: E402
 from model import TextConfig, UNetConfig, VAEConfig  # noqa: E402
-
-# ------------------------------------------------------------------------------------------------------------
-# A tiny base, and subjects of it
 
 
 def write_base(folder, seed=0, vae_levels=4):
@@ -51,11 +44,6 @@ def write_base(folder, seed=0, vae_levels=4):
             if not p.any():
                 torch.nn.init.normal_(p, std=0.05)
         states[part] = network.state_dict()
-    return write_states(folder, config, states)
-
-
-def write_states(folder, config, states):
-    """A base folder of part -> state dict, with the fingerprint of these weights."""
     config.fingerprint = fingerprint((f"{part}.{name}", states[part][name])
                                      for part in PARTS for name in sorted(states[part]))
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,10 +64,7 @@ def random_subject(base, rank=2, scale=0.3, targets="all"):
     return subject
 
 
-# ------------------------------------------------------------------------------------------------------------
 # The public VideoCrafter2 reference: a small network's weights, and all names of the official checkpoint
-
-
 GOLDEN = Path(__file__).parent / "golden"
 OFFICIAL = json.loads((GOLDEN / "official_keys.json").read_text())
 OFFICIAL = {name: tuple(shape) for name, shape in OFFICIAL.items()}
@@ -89,24 +74,19 @@ SMALL = {"text": TextConfig(width=64, heads=4, layers=2),
                             head_channels=16, context_dim=64)}
 
 
-@cache
-def golden_weight(key, shape):
-    """The weight that the golden numbers were computed with; the formula is the reference's own."""
-    w = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
-    if key.endswith("bias"):
-        w = 0.1 * w
-    elif len(shape) < 2:
-        w = 1 + 0.1 * w
-    else:
-        w = w / np.sqrt(np.prod(shape[1:]))
-    return torch.from_numpy(np.asarray(w, dtype=np.float32))
-
-
 def golden_state():
-    """Official name -> weight, of the networks in SMALL."""
+    """Official name -> weight that the golden numbers were computed with, of the networks in SMALL."""
     state = {}
     for part in json.loads((GOLDEN / "reference.json").read_text()).values():
-        state |= {key: golden_weight(key, tuple(shape)).clone() for key, shape in part["shapes"].items()}
+        for key, shape in part["shapes"].items():   # the formula is the reference's own
+            w = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
+            if key.endswith("bias"):
+                w = 0.1 * w
+            elif len(shape) < 2:
+                w = 1 + 0.1 * w
+            else:
+                w = w / np.sqrt(np.prod(shape[1:]))
+            state[key] = torch.from_numpy(np.asarray(w, dtype=np.float32))
     return state
 
 
@@ -115,10 +95,6 @@ class Bomb:
 
     def __reduce__(self):
         return os.mkdir, ("exploded",)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Running the scripts
 
 
 def fork(main, argv, cwd, before=None, output="output"):
@@ -152,11 +128,6 @@ def fork(main, argv, cwd, before=None, output="output"):
 def wait(pid):
     """-> exit code of a child, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def ended(pid):
-    """Whether a child has ended. `wait` still returns its exit code."""
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def wait_for(condition, seconds=60):

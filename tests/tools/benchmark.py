@@ -20,13 +20,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from makers import random_subject  # puts the repository's root on the path, too
+from memory import inputs, meta_base, training_step
 from lora import add_lora
-from model import TEXT_LENGTH, VOCAB_SIZE, Z_CHANNELS, Base
+from model import Base
 from sample import generate
 from support.cli import FlagParser, join_processes, pick_precision, run_script
-from support.config import BaseConfig
-from support.files import PARTS, build_part
-from train import SubjectLoss
 
 WORK = ("UNet call with guidance", "UNet call, compiled", "a video", "a customised video", "decoding",
         "training step", "training step, checkpointed", "training step on 16 frames")
@@ -41,15 +39,15 @@ def main():
     device = join_processes().device
     precision = pick_precision("auto", device)
     base = random_base(device, getattr(torch, precision))
-    size = base.config.sampling
     if args.quick:
-        size = replace(size, height=128, width=128, frames=4, steps=2, K=1)
+        base.config.sampling = replace(base.config.sampling, height=128, width=128, frames=4, steps=2, K=1)
+    size = base.config.sampling
     name = torch.cuda.get_device_name() if device.type == "cuda" else device
     print(f"{name}, {torch.get_num_threads()} threads, UNet in {precision}: {size.frames} frames of "
           f"{size.width}x{size.height}, {size.steps} steps, median of {args.repeats}", flush=True)
 
-    seconds = measure(sampling_work(base, size), args)
-    seconds |= measure(training_work(base, size), args)     # last, because it puts a LoRA into the UNet
+    seconds = measure(sampling_work(base), args)
+    seconds |= measure(training_work(base), args)   # last, because it puts a LoRA into the UNet
     print("\n| work | seconds |\n|---|---|")
     print(*(f"| {label} | {number:.2f} |" for label, number in seconds.items()), sep="\n")
     print("\n| ratio | |\n|---|---|")
@@ -60,57 +58,43 @@ def main():
 
 def random_base(device, dtype):
     """VideoCrafter2 with random weights, none of them zero, made where they will be used."""
-    config, networks = BaseConfig(), {}
-    for part in PARTS:
-        with torch.device("meta"):
-            network = build_part(part, config)
-        network.to(dtype if part == "unet" else torch.float32).to_empty(device=device)
+    base, _, _ = meta_base(dtype)
+    networks = base.unet, base.vae, base.text_encoder
+    for network in networks:
+        network.to_empty(device=device)
         for p in network.parameters():  # a size that keeps activations near 1, as training would
             nn.init.normal_(p, std=0.02 if p.dim() < 2 else 1 / math.sqrt(p[0].numel()))
         for module in network.modules():
             if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
                 nn.init.ones_(module.weight)
-        networks[part] = network.eval().requires_grad_(False)
-    return Base(config, device, **networks)
+    return Base(base.config, device, *networks)
 
 
-def random_inputs(base, size, clips, frames):
-    """-> z (B, 4, T, h, w), t (B,), context (B, L, D)."""
-    factor = base.config.vae.factor
-    z = torch.randn(clips, Z_CHANNELS, frames, size.height // factor, size.width // factor)
-    context = torch.randn(clips, TEXT_LENGTH, base.config.text.width)
-    return [x.to(base.device) for x in (z, torch.full((clips,), 500), context)]
-
-
-def sampling_work(base, size):
+def sampling_work(base):
     """-> label -> function of no arguments."""
-    z, t, context = random_inputs(base, size, 2, size.frames)
-    fps, unet = torch.full_like(t, size.fps), torch.no_grad()(base.unet.forward)
+    z, t, context = inputs(base, 2, base.config.sampling.frames)
+    fps, unet = torch.full_like(t, base.config.sampling.fps), torch.no_grad()(base.unet.forward)
     compiled = torch.compile(unet)
     subject = random_subject(base, base.config.training.rank, scale=0.01)
     subject.v_star = subject.v_star.to(base.device)
     return {"UNet call with guidance": lambda: unet(z, t, fps, context),
             "UNet call, compiled": lambda: compiled(z, t, fps, context),
-            "a video": lambda: generate(base, ["a dog"], [0], [], size),
-            "a customised video": lambda: generate(base, ["a V* dog"], [0], [subject], size),
+            "a video": lambda: generate(base, ["a dog"], [0]),
+            "a customised video": lambda: generate(base, ["a V* dog"], [0], [subject]),
             "decoding": lambda: base.decode(z[:1])}
 
 
-def training_work(base, size):
+def training_work(base):
     """-> label -> function of no arguments: a step of train.py's loop, on random numbers."""
     layers = add_lora(base.unet, base.config.training.rank)
-    image = torch.rand(1, 3, size.height, size.width, device=base.device) * 2 - 1
-    tokens = torch.full((1, TEXT_LENGTH), VOCAB_SIZE, device=base.device)   # V*
 
     def step(frames, checkpointing=False):
-        z_0, t, context = random_inputs(base, size, 1, frames)
-        loss = SubjectLoss(base, torch.randn_like(context[0, :1]), layers, frames, size.fps)
+        loss, batch = training_step(base, layers, 1, frames, frames)
         optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-5)
 
         def call():
             base.unet.grad_checkpointing = checkpointing
-            eps = torch.randn_like(z_0)
-            sum(loss(image, tokens, t, eps, z_0, context, t, eps)).backward()
+            sum(loss(*batch)).backward()
             optimizer.step()
             optimizer.zero_grad()
         return call
@@ -136,11 +120,11 @@ def parse_args():
     p = FlagParser(description="Time the pieces of sampling and training at VideoCrafter2's size.")
     p.add_argument("--quick", action="store_true", help="4 frames of 128x128, 2 sampling steps, for CPUs")
     p.add_argument("--repeats", type=int, help="turns that count (default: 5, with --quick 1)")
-    p.add_argument("--only", nargs="+", choices=WORK, metavar="WORK", help=f"only some of: {', '.join(WORK)}")
-    p.add_argument("--compile", action="store_true", help="also the UNet call compiled; takes minutes")
+    p.add_argument("--only", nargs="+", choices=WORK, metavar="WORK",
+                   default=[label for label in WORK if label != "UNet call, compiled"],     # takes minutes
+                   help=f"only some of: {', '.join(WORK)} (default: all but the compiled call)")
     args = p.parse_args()
     args.repeats = args.repeats or (1 if args.quick else 5)
-    args.only = args.only or [label for label in WORK if args.compile or label != "UNet call, compiled"]
     return args
 
 

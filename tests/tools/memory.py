@@ -67,15 +67,9 @@ class FusedAttention(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The work
-
-
 @cache
 def meta_base(dtype=torch.bfloat16, lora=False):
-    """VideoCrafter2 as a GPU holds it, with its UNet in `dtype` -> base, the bytes of its weights, and the
-    layers of a LoRA if there is one.
-    """
+    """VideoCrafter2 with its UNet in `dtype` -> base, the bytes of its weights, a LoRA's layers or none."""
     config = BaseConfig()
     with torch.device("meta"):
         networks = {part: build_part(part, config).eval().requires_grad_(False) for part in PARTS}
@@ -86,18 +80,19 @@ def meta_base(dtype=torch.bfloat16, lora=False):
 
 
 def inputs(base, clips, frames):
-    """-> latents (B, 4, T, h, w), t (B,), context (B, L, D)."""
+    """-> random latents (B, 4, T, h, w), t (B,), context (B, L, D) on the base's device."""
     size, factor = base.config.sampling, base.config.vae.factor
-    z = torch.empty(clips, Z_CHANNELS, frames, size.height // factor, size.width // factor)
-    return z, torch.empty(clips, dtype=torch.long), torch.empty(clips, TEXT_LENGTH, base.config.text.width)
+    with base.device:
+        z = torch.randn(clips, Z_CHANNELS, frames, size.height // factor, size.width // factor)
+        return z, torch.full((clips,), 500), torch.randn(clips, TEXT_LENGTH, base.config.text.width)
 
 
 @torch.no_grad()
 def count_generating(clips, frames, dtype=torch.bfloat16):
     """Bytes at the peak of generating so many clips at once, with guidance."""
     base, weights, _ = meta_base(dtype)
+    z, t, context = inputs(base, 2 * clips, frames)
     with torch.device("meta"):
-        z, t, context = inputs(base, 2 * clips, frames)
         with LiveBytes() as calling:
             base.unet(z, t, t, context)
         with LiveBytes() as decoding:
@@ -105,32 +100,24 @@ def count_generating(clips, frames, dtype=torch.bfloat16):
     return weights + max(calling.peak, decoding.peak)
 
 
-def count_sampling(clips):
-    """Bytes at the peak of sample.py, with one subject."""
-    base, _, _ = meta_base()
-    originals = sum(base.unet.get_submodule(name).weight.nbytes for name in target_names(base.unet))
-    return originals + count_generating(clips, VIDEO)
-
-
-def training_step(clips, frames, prior_frames, dtype=torch.bfloat16):
+def training_step(base, layers, clips, frames, prior_frames):
     """-> SubjectLoss, and what it takes: clips of the subject, and as many of the prior unless 0 frames."""
-    base, _, layers = meta_base(dtype, lora=True)
     size = base.config.sampling
-    with torch.device("meta"):
-        loss = SubjectLoss(base, torch.empty(1, base.config.text.width), layers, frames, size.fps)
+    with base.device:
+        loss = SubjectLoss(base, torch.randn(1, base.config.text.width), layers, frames, size.fps)
         eps, t, _ = inputs(base, clips, frames)
-        batch = [torch.empty(clips, 3, size.height, size.width),
+        batch = [torch.randn(clips, 3, size.height, size.width),
                  torch.full((clips, TEXT_LENGTH), VOCAB_SIZE), t, eps]
-        if prior_frames:
-            z_0, t, context = inputs(base, clips, prior_frames)
-            batch += [z_0, context, t, torch.empty_like(z_0)]
+    if prior_frames:
+        z_0, t, context = inputs(base, clips, prior_frames)
+        batch += [z_0, context, t, torch.randn_like(z_0)]
     return loss, batch
 
 
 def count_training(frames, prior_frames, clips, checkpointing=False, dtype=torch.bfloat16):
     """Bytes at the peak of train.py: of a step, or of generating the prior before the first step."""
-    loss, batch = training_step(clips, frames, prior_frames, dtype)
-    base, weights, _ = meta_base(dtype, lora=True)
+    base, weights, layers = meta_base(dtype, lora=True)
+    loss, batch = training_step(base, layers, clips, frames, prior_frames)
     base.unet.grad_checkpointing = checkpointing
     with torch.device("meta"), LiveBytes() as step:
         sum(loss(*batch)).backward()
@@ -139,15 +126,15 @@ def count_training(frames, prior_frames, clips, checkpointing=False, dtype=torch
     if not prior_frames:
         return peak
     at_once, length = (1, prior_frames) if prior_frames > frames else (8, 1)    # as generate_prior
-    with torch.device("meta"):
-        prior = inputs(base, base.config.training.num_prior, length)
+    prior = inputs(base, base.config.training.num_prior, length)
     return max(peak + sum(x.nbytes for x in prior), count_generating(at_once, length, dtype))
 
 
 def count_operations(frames, checkpointing=False):
     """-> TFLOP of the forward and the backward pass with one clip of the subject and one of the prior."""
-    loss, batch = training_step(1, frames, frames)
-    loss.frozen[0].unet.grad_checkpointing = checkpointing
+    base, _, layers = meta_base(lora=True)
+    loss, batch = training_step(base, layers, 1, frames, frames)
+    base.unet.grad_checkpointing = checkpointing
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         total = sum(loss(*batch))
         forward = counter.get_total_flops()
@@ -176,7 +163,9 @@ def main():
     F.scaled_dot_product_attention = lambda q, k, v, *mask, **options: FusedAttention.apply(q, k, v)
     print("\n| command | counted GiB | each clip more | forecast on a card "
           + "".join(f"| {card} GB " for card in CARDS) + "|\n" + "|---" * (4 + len(CARDS)) + "|")
-    print_memory("sample.py", count_sampling)
+    base, _, _ = meta_base()
+    originals = sum(base.unet.get_submodule(name).weight.nbytes for name in target_names(base.unet))
+    print_memory("sample.py", lambda clips: originals + count_generating(clips, VIDEO))
     for flags, arguments in {"": (STILL, STILL), " --alpha 0": (STILL, 0), " --prior_motion": (STILL, VIDEO),
                              f" --frames {VIDEO}": (VIDEO, VIDEO)}.items():
         count = partial(count_training, *arguments)
