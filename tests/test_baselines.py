@@ -215,7 +215,7 @@ def test_published_settings_are_the_defaults(flags, call, monkeypatch, method, e
 @pytest.mark.parametrize("argv, reason", [
     ([], "COMMAND"), (["dreambooth"], "invalid choice"),
     (["custom_diffusion", "--word_steps", 10], "--word_steps"),
-    (["dreamvideo", "--word_steps", 4001], "from 0 to --steps, which is 4000"),
+    (["dreamvideo", "--word_steps", 4001, "--steps", 9], "from 0 to --steps, which is 9"),
     (["dreamvideo", "--rank", 8], "--rank"), (["custom_diffusion", "--scale_lr"], "--scale_lr"),
     (["sample", "--subject", "x", "--K", 3], "--K"), (["sample"], "--subject")])
 def test_refusals(call, flags, argv, reason):
