@@ -212,7 +212,8 @@ def load_training(save, subject, optimizer, steps):
         tensors = load_file(save / "subject.safetensors")
         moments = [moment["exp_avg"].shape for _, moment in sorted(adamw["state"].items())]
     except pickle.UnpicklingError:      # PyTorch's own advice would be to run what the file contains
-        raise BadInput(f"--resume {save}: not readable (it would run code); try an older save") from None
+        raise BadInput(f"--resume {save}: not readable (state.pt is damaged, or would run code); "
+                       f"try an older save") from None
     except Exception as error:  # zip and safetensors each raise errors of their own
         raise BadInput(f"--resume {save}: not readable ({one_line(error)}); try an older save") from None
     check_settings(save, settings, subject.settings)
