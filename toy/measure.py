@@ -2,24 +2,22 @@
 
     from toy.measure import measure, likeness
 
-Nothing to run here. The ground is the painted ground that most pixels agree with. A bank is a list of
-sprites of several shapes, patterns, angles and sizes. Each is tried at every second row and column of every
-frame; a parabola through the gains refines the best place. The gain of a sprite at p says how much nearer to
-the pixels the sprite is than the bare ground:
+Nothing to run here. The ground is the painted ground that most pixels agree with. A bank is a list of sprites
+of several shapes, patterns, sizes and turns. It finds the best of them, and about where they are. `fit` then
+moves, sizes and turns them until their drawings come nearest to the pixels. The gain of a sprite at p says
+how much nearer to the pixels the sprite is than the bare ground:
 
     gain(p) = sum_x m(x - p) [ (I(x) - G(x))^2 - (I(x) - S(x - p))^2 ]
 
-with image I, ground G, sprite S and its cover m. A sprite's colours may be left open. Then S = sum_i c_i w_i:
-two weights w_i hold the sprite's light and its pattern. The colours c that explain most are a least-squares
-problem of two unknowns:
+with image I, ground G, sprite S and its cover m. S = c_1 w_1 + c_2 w_2: two weights w_i hold the sprite's
+light and its pattern. The colours c are given, or left open. Open colours are those that explain most, which
+is a least-squares problem of two unknowns:
 
-    gain(p) = sum_x m [ (I - G)^2 - I^2 ] + b A^-1 b
+    gain(p) = sum_x m [ (I - G)^2 - I^2 ] + 2 b c - c A c
     b_i = sum_x m w_i I        A_ij = sum_x m w_i w_j        c = A^-1 b
 
-Written out, every gain is a sum of correlations, so FFTs compute all positions at once.
-
-Shapes: T frames, N sprites of a bank; clips (T, H, W, 3). The search runs on pictures of h = H / 2 rows and
-w = W / 2 columns. P = 33 rows and columns of positions are tried. Lengths are in pixels.
+Shapes: T frames, N sprites of a bank; clips (T, H, W, 3). A bank works on pictures of h = H / 2 rows and
+w = W / 2 columns. A patch is the K = k * k pixels around one of M places. Lengths are in pixels.
 """
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -30,16 +28,21 @@ import torch
 import torch.nn.functional as F
 
 from model import pixels
-from toy.world import (DIRECTIONS, GROUNDS, PATTERNS, SHAPES, SIZE, SPEED, SUBJECTS, TEXTURES, Look, Scene,
-                       colour_name, colour_words, draw_ground, draw_sprite, face_parts, pattern_cover,
+from toy.world import (DIRECTIONS, GROUNDS, PATTERNS, SHAPES, SIZE, SPEED, SUBJECTS, TEXTURES, Look, Scene, X,
+                       Y, colour_name, colour_words, draw_ground, draw_sprite, face_parts, pattern_cover,
                        sprite_body, sprite_geometry)
 
 BROKEN = 17.0     # dB: a frame is broken if its PSNR to the clip's drawing is lower
 FROZEN = 0.25     # a clip is frozen if its sprite travels less than this share of the world's distance
 UNIFORM = 3.0     # root mean square distance that a track may have from uniform motion
 AGREES = 0.08     # median difference in [0, 1] that pixels may have from a ground
-SHRINK = 2        # the search runs on pictures this many times smaller
-REACH = 16        # shrunk pixels: how far from the middle a centre is looked for, here up to the edge
+UPRIGHT = 0.45    # radians: the world's sprites are turned by less, those of learned subjects by any angle
+RIDGE = 0.5       # added to A's diagonal: a colour that is hardly in the picture counts as black
+STEPS = 3         # Gauss-Newton steps of a fit
+SHRINK = 2        # a bank's pictures are this many times smaller
+REACH = 12        # shrunk pixels: half a patch's side k; a sprite of radius 21 fits in
+COARSE = 2        # shrunk pixels between the places that are tried first
+NEAR = 3          # shrunk pixels: how far around these places all sprites are tried
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,13 @@ def measure(clip, fps):
     One sprite explains the whole clip. Its colours are fitted in each frame. Where half of the frames or more
     are broken, shape, pattern, colour and direction are empty.
     """
-    bank, clip = open_sprites(), clip / 255
+    clip = clip / 255
     ground_name, ground = find_ground(clip)
-    gains, tracks, colours = bank.search(clip, ground)
-    best = int(gains.sum(1).argmax())
-    track, fitted = tracks[best].numpy().astype(np.float64), colours[best].numpy()      # (T, 2), (T, 2, 3)
-    first, second = np.clip(fitted.mean(0), 0, 1)
-    scene, pattern = bank.scenes[best], bank.scenes[best].look.pattern
+    scene, track, colours, outlines = find_sprite(clip, ground)
+    first, second = np.clip(colours.mean(0), 0, 1)
+    look = Look(tuple(first), tuple(second), scene.look.pattern)
     if colour_name(first) == colour_name(second):   # a pattern's colours never share a name
-        pattern, second, fitted = "plain", None, fitted[:, :1]
-    look = Look(tuple(first), second if second is None else tuple(second), pattern)
+        look, colours = Look(tuple(first)), colours[:, :1]
 
     # Compare each frame with the best drawing, with a face or without.
     errors = []
@@ -83,9 +83,7 @@ def measure(clip, fps):
     broken = -10 * np.log10(np.min(errors, axis=0)) < BROKEN
     seen = broken.mean() < 0.5
 
-    # Compare the covers of neighbouring frames, laid over one another. Each frame has its own best sprite's,
-    # which may change from frame to frame: the world's own clips have a shape drift of 0.05 after the VAE.
-    outlines = bank.cover[gains.argmax(0), 0]                                       # (T, h, w)
+    # Compare the outlines of neighbouring frames, laid over one another.
     intersection = torch.minimum(outlines[1:], outlines[:-1]).sum((1, 2))
     union = torch.maximum(outlines[1:], outlines[:-1]).sum((1, 2))
 
@@ -98,10 +96,10 @@ def measure(clip, fps):
     moves = seen and not frozen and off_line < UNIFORM
     direction = max(DIRECTIONS, key=lambda name: velocity @ DIRECTIONS[name])
 
-    return Measured(shape=scene.shape if seen else "", pattern=pattern if seen else "",
+    return Measured(shape=scene.shape if seen else "", pattern=look.pattern if seen else "",
                     colour=colour_words(look) if seen else "", ground=ground_name,
                     direction=direction if moves else "", distance=distance, frozen=bool(frozen),
-                    broken=float(broken.mean()), colour_drift=float(np.abs(np.diff(fitted, axis=0)).mean()),
+                    broken=float(broken.mean()), colour_drift=float(np.abs(np.diff(colours, axis=0)).mean()),
                     shape_drift=float(1 - (intersection / union).mean()), track=track)
 
 
@@ -111,14 +109,20 @@ def likeness(clip, name):
     A frame's score is that of its best match over place, size and turn. A look that is as far from the
     subject as the bare ground scores 0. So does a look that is farther.
     """
-    bank, clip = subject_sprites(name), clip / 255
+    bank, look, clip = subject_sprites(name), SUBJECTS[name][1], clip / 255
     _, ground = find_ground(clip)
-    gains, tracks, _ = bank.search(clip, ground)
+    pictures, colours = shrunk(clip, ground), np.array([look.colour, look.second])
+    gains, _ = bank.search(pictures, colours)
+    n = int(gains.sum(1).argmax())
+    gains, places = bank.search(pictures, colours, first=slice(n, n + 1))
+    # A star that is turned from point to point looks alike, so the other frames' gains count as well.
+    best = (gains + gains.mean(1, keepdim=True)).argmax(0)
     scores = []
-    for t, best in enumerate(gains.argmax(0).tolist()):
-        _, cover, body = sprite_body(bank.scenes[best], [tracks[best, t].tolist()])
-        error = (cover[0, ..., None] * (clip[t] - body[0]) ** 2).sum()
-        error_of_ground = (cover[0, ..., None] * (ground - body[0]) ** 2).sum()
+    for t, n in enumerate(best):
+        scene, place, _, _ = fit(clip[t:t + 1], ground, bank.scenes[n], places[n, t:t + 1], colours)
+        _, cover, body = sprite_body(replace(scene, look=look), place)
+        error = (cover[..., None] * (clip[t] - body) ** 2).sum()
+        error_of_ground = (cover[..., None] * (ground - body) ** 2).sum()
         scores.append(max(0.0, 1 - error / error_of_ground))
     return float(np.mean(scores))
 
@@ -134,129 +138,179 @@ def find_ground(clip):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Searching
+# Finding the sprite
+
+
+def find_sprite(clip, ground):
+    """The sprite that explains a clip (T, H, W, 3) in [0, 1] best -> scene, track (T, 2), colours (T, 2, 3).
+
+    Also returns outlines (T, k, k). Each frame has that of its own best sprite, which may change from frame
+    to frame: the world's own clips have a shape drift of 0.03 after the VAE.
+    """
+    bank, pictures = open_sprites(), shrunk(clip, ground)
+    gains, places = bank.search(pictures)
+    total = gains.sum(1)
+    upright = torch.tensor([abs(scene.angle) < UPRIGHT for scene in bank.scenes])
+
+    # Sprites of different shapes can look alike once turned, so the best few are fitted before one is chosen.
+    fits = []
+    for group in (upright, ~upright):
+        best = {}   # shape, pattern -> the best sprite's number
+        for n in total.argsort().tolist():
+            if group[n]:
+                best[bank.scenes[n].shape, bank.scenes[n].look.pattern] = n
+        for n in sorted(best.values(), key=lambda n: total[n])[-3:]:
+            # This sprite is looked for everywhere, because the bank's first places can be far from its own.
+            gain, place = bank.search(pictures, first=slice(n, n + 1), then=slice(n, n + 1))
+            track = np.where((gain[0] > gains[n])[:, None], place[0], places[n])
+            scene, _, _, error = fit(clip[::3], ground, bank.scenes[n], track[::3])   # some frames suffice
+            fits.append((error, scene, track, group))
+    _, scene, track, group = min(fits, key=lambda result: result[0])
+    scene, track, colours, _ = fit(clip, ground, scene, track)
+    return scene, track, colours, bank.cover[gains.masked_fill(~group[:, None], -torch.inf).argmax(0)]
+
+
+def fit(clip, ground, scene, track, colours=None):
+    """Moves, sizes and turns a scene's sprite until its drawing comes nearest to a clip (T, H, W, 3).
+
+    The clip is in [0, 1], and track (T, 2) is where to begin. Size and turn are the same in all frames.
+    Colours (2, 3) are given or, if None, fitted in each frame. Pixels where a face may be do not count.
+    Returns scene, track, colours (T, 2, 3) and the mean squared error.
+    """
+    T = len(clip)
+    for step in range(STEPS + 1):
+        shadow, cover, bare, weights = sprite_parts(scene, track)
+        behind = ((1 - cover) * (1 - shadow))[..., None] * ground
+        w = (cover * weights).reshape(2, T, -1).transpose(1, 2, 0)                      # (T, H*W, 2)
+        c = colours
+        if colours is None:
+            w_t = (bare.reshape(T, -1, 1) * w).transpose(0, 2, 1)
+            c = np.linalg.solve(w_t @ w + RIDGE * np.eye(2), w_t @ (clip - behind).reshape(T, -1, 3))
+        drawn = behind + (w @ c).reshape(clip.shape)
+        residual = bare[..., None] * (clip - drawn)
+        if step == STEPS:
+            return scene, track, c, (residual ** 2).sum() / bare.sum()
+
+        # How the drawing changes if the sprite moves right, moves down, grows, or turns. Each of them shifts
+        # the sprite's pixels, so the change follows from the picture's gradient.
+        dy, dx = np.gradient(drawn - ground, axis=(1, 2))
+        x, y = (X - track[:, 0, None, None])[..., None], (Y - track[:, 1, None, None])[..., None]
+        r = scene.radius
+        J = -np.stack([dx, dy, (dx * x + dy * y) / r, (dy * x - dx * y) / r], -1).reshape(T, -1, 4)
+        J_t = J.transpose(0, 2, 1)
+        change = np.linalg.solve(J_t @ J + 1e-3 * np.eye(4), J_t @ residual.reshape(T, -1, 1))[..., 0]
+        change = change.clip(-1, 1)                                                     # (T, 4), pixels
+        larger, turned = np.median(change[:, 2:], axis=0)
+        track = track + change[:, :2]
+        scene = replace(scene, radius=r + larger, angle=scene.angle + turned / r)
+
+
+def sprite_parts(scene, centres):
+    """A sprite at centres (T, 2) -> shadow, cover, bare (T, H, W); weights (2, T, H, W) of the two colours.
+
+    Bare is 0 where a face may be, else 1.
+    """
+    u, v, shadow, cover, light = sprite_geometry(scene.shape, scene.radius, scene.angle, centres)
+    second = pattern_cover(scene.look.pattern, u, v, scene.radius)
+    bare = sum(face for face, _ in face_parts(u, v, scene.radius)) == 0
+    return 0.25 * shadow, cover, bare.astype(np.float32), np.stack([light * (1 - second), light * second])
 
 
 class SpriteBank:
-    """Sprites to look for: scenes whose place does not matter. Their colours are given, or left open."""
+    """Sprites to look for: a list of (shape, pattern, radius, angle). Every `step`-th is looked for first."""
 
-    def __init__(self, scenes, open_colours=False):
-        self.scenes, self.open_colours = scenes, open_colours
-        parts = self.open_parts if open_colours else self.painted_parts
-        covers, weights = zip(*(parts(scene) for scene in scenes))
-        m = torch.from_numpy(np.stack(covers)).float()                                  # (N, 1, H, W)
-        S = torch.from_numpy(np.stack(weights)).float().permute(0, 3, 1, 2)     # (N, 3 or 2 for open, H, W)
-        S = F.avg_pool2d(m * S, SHRINK) / F.avg_pool2d(m, SHRINK).clamp(min=1e-6)
-        self.cover = m = F.avg_pool2d(m, SHRINK)                                        # (N, 1, h, w)
-        ones = torch.fft.rfft2(padded(torch.ones(1, 1, *m.shape[2:])))
-        if open_colours:
-            self.filters = spectrum(torch.cat([m, m * S], 1))                           # m, m w_1, m w_2
-            products = torch.stack([S[:, 0] ** 2, S[:, 0] * S[:, 1], S[:, 1] ** 2], 1)
-            a, b, d = at_all_places(spectrum(m * products) * ones).unbind(1)            # A = ((a, b), (b, d))
-            a, d = a + 0.5, d + 0.5   # a small ridge: a colour that is hardly in the picture counts as black
-            self.inverse = torch.stack([d, -b, a], 1) / (a * d - b * b)[:, None]        # of A: (N, 3, P, P)
-        else:  # -(I - S)^2 = -I^2 + 2 I S - S^2, and the first term is in search's surplus
-            self.filters = spectrum(torch.cat([m, 2 * m * S], 1))
-            self.constant = at_all_places(spectrum(-m * (S ** 2).sum(1, keepdim=True)) * ones)[:, 0]
+    def __init__(self, sprites, step):
+        self.few = slice(None, None, step)
+        white = (1, 1, 1)
+        self.scenes = [Scene(shape, Look(white, white, pattern), "", "", radius=radius, angle=float(angle))
+                       for shape, pattern, radius, angle in sprites]
+        inner = slice(SIZE // 2 - SHRINK * REACH, SIZE // 2 + SHRINK * REACH)
+        parts = []
+        for scene in self.scenes:
+            _, cover, bare, weights = sprite_parts(scene, [(SIZE / 2, SIZE / 2)])
+            parts.append(np.concatenate([cover, bare * cover, *(bare * cover * weights)])[:, inner, inner])
+        parts = F.avg_pool2d(torch.from_numpy(np.stack(parts)).float(), SHRINK)
+        self.cover = parts[:, 0]                                                        # (N, k, k)
+        self.m, mw_1, mw_2 = parts[:, 1:].flatten(2).unbind(1)                          # (N, K) each
+        self.mw = torch.stack([mw_1, mw_2], 1)                                          # (N, 2, K)
+        self.mww = torch.stack([mw_1 ** 2, mw_1 * mw_2, mw_2 ** 2], 1) / self.m[:, None].clamp(min=1e-6)
 
-    @staticmethod
-    def painted_parts(scene):
-        """-> cover (1, H, W) and body (H, W, 3) of a sprite in the middle."""
-        _, cover, body = sprite_body(scene, [(SIZE / 2, SIZE / 2)])
-        return cover, body[0]
+    def search(self, pictures, colours=None, first=None, then=slice(None)):
+        """pictures, see `shrunk` -> gains (N, T) and places (N, T, 2), the centres (x, y), of sprites `then`.
 
-    @staticmethod
-    def open_parts(scene):
-        """-> cover (1, H, W) without the places of a face; weights (H, W, 2) of the two colours."""
-        middle = [(SIZE / 2, SIZE / 2)]
-        u, v, _, cover, light = sprite_geometry(scene.shape, scene.radius, scene.angle, middle)
-        second = pattern_cover(scene.look.pattern, u, v, scene.radius)
-        for face, _ in face_parts(u, v, scene.radius):
-            cover = cover * (1 - face)
-        return cover, np.stack([light * (1 - second), light * second], -1)[0]
-
-    def search(self, clip, ground):
-        """clip (T, H, W, 3), ground (H, W, 3), in [0, 1] -> each sprite's best place in each frame.
-
-        Returns gains (N, T); tracks (N, T, 2), the centres (x, y) there; and colours (N, T, 2, 3) if they are
-        open, else None.
+        The sprites `first`, by default a few of the bank, are looked for everywhere. The sprites `then`, by
+        default all, are looked for near the median of the places of the best nine of these.
         """
-        image, bare = shrunk(clip), shrunk(ground[None])                                # (T or 1, 3, h, w)
-        surplus = ((image - bare) ** 2 - image ** 2).sum(1, keepdim=True)
-        surplus, image = torch.fft.rfft2(padded(surplus)), torch.fft.rfft2(padded(image))
-        gain = at_all_places(self.filters[:, None, :1] * surplus)[:, :, 0]              # (N, T, P, P)
-        if self.open_colours:
-            b = at_all_places(self.filters[:, None, 1:, None] * image[:, None])         # (N, T, 2, 3, P, P)
-            p, q, r = (self.inverse[:, None, i, None] for i in range(3))
-            c = torch.stack([p * b[:, :, 0] + q * b[:, :, 1], q * b[:, :, 0] + r * b[:, :, 1]], 2)
-            gain = gain + (b * c).sum((2, 3))
+        padded, everywhere = pictures
+        gain = self.gain(everywhere, colours, first or self.few)
+        best = gain.amax(2).sum(1).argsort(descending=True)[:9]
+        centres = COARSE * places_of(gain[best].argmax(2), SIZE // SHRINK // COARSE + 1).median(0).values
+        corners = centres.clamp(NEAR, SIZE // SHRINK - NEAR) - NEAR                     # (T, 2)
+        side = 2 * (REACH + NEAR)
+        near = [frame[:, y:y + side, x:x + side] for frame, (x, y) in zip(padded, corners.tolist())]
+        gains, index = self.gain(patches(torch.stack(near), 1), colours, then).max(2)
+        return gains, (SHRINK * (corners + places_of(index, 2 * NEAR + 1))).double().numpy()
+
+    def gain(self, patches, colours, chosen):
+        """patches (5, K, T, M), see `shrunk` -> gains (N, T, M) of the chosen sprites."""
+        surplus, image, inside = patches.flatten(2).split((1, 3, 1))
+        m, mw, mww = self.m[chosen], self.mw[chosen], self.mww[chosen]
+        gain = m @ surplus[0]                                                           # (N, T*M)
+        b = (mw.flatten(0, 1) @ image).unflatten(1, (-1, 2))                            # (3, N, 2, T*M)
+        a = (mww.flatten(0, 1) @ inside[0]).unflatten(0, (-1, 3))                       # (N, 3, T*M)
+        b_1, b_2, a_11, a_12, a_22 = *b.unbind(2), *a.unbind(1)
+        if colours is None:
+            r_11, r_22 = a_11 + RIDGE, a_22 + RIDGE
+            det = r_11 * r_22 - a_12 ** 2
+            c_1, c_2 = (r_22 * b_1 - a_12 * b_2) / det, (r_11 * b_2 - a_12 * b_1) / det
         else:
-            gain = gain + at_all_places((self.filters[:, None, 1:] * image).sum(2)) + self.constant[:, None]
-        places = 2 * REACH + 1
-        gains, best = gain.flatten(2).max(2)
-        y, x = best // places, best % places
-        centres = torch.stack([x + vertex(gain, y, x, 3), y + vertex(gain, y, x, 2)], -1)
-        colours = None
-        if self.open_colours:
-            there = best[:, :, None, None, None].expand(-1, -1, 2, 3, -1)
-            colours = c.flatten(4).gather(4, there)[..., 0]
-        return gains, SIZE / 2 + SHRINK * (centres - REACH), colours
+            c_1, c_2 = torch.tensor(colours, dtype=torch.float32).view(2, 3, 1, 1)
+        of_colours = 2 * (b_1 * c_1 + b_2 * c_2) - c_1 ** 2 * a_11 - 2 * c_1 * c_2 * a_12 - c_2 ** 2 * a_22
+        return (gain + of_colours.sum(0)).unflatten(1, patches.shape[2:])
 
 
-def shrunk(pictures):
-    """(T, H, W, 3) array -> (T, 3, h, w) tensor."""
-    return F.avg_pool2d(torch.tensor(pictures, dtype=torch.float32).permute(0, 3, 1, 2), SHRINK)
+def shrunk(clip, ground):
+    """All that gains depend on: (I - G)^2 - I^2, I, and ones. Around them are zeros, for sprites that leave.
 
-
-def padded(x):
-    """Adds zeros right and below: a sprite that leaves the picture meets them, not the other side."""
-    return F.pad(x, (0, REACH, 0, REACH))
-
-
-def spectrum(x):
-    """Filters (N, C, h, w) around the middle -> their spectra, for correlations at P by P places."""
-    return torch.fft.rfft2(torch.roll(padded(x), (-REACH, -REACH), dims=(2, 3))).conj()
-
-
-def at_all_places(product_of_spectra):
-    """-> the correlation (..., P, P), with a sprite's centre at each place."""
-    return torch.fft.irfft2(product_of_spectra)[..., :2 * REACH + 1, :2 * REACH + 1]
-
-
-def vertex(gain, y, x, axis):
-    """gain (N, T, P, P), its maxima at y, x (N, T) -> (N, T): from the maximum to the peak along `axis`.
-
-    The peak is that of the parabola through the maximum and its two neighbours; -0.5 to 0.5.
+    clip (T, H, W, 3), ground (H, W, 3), in [0, 1] -> pictures (T, 5, h + k, w + k); patches at coarse places.
     """
-    n, t = torch.meshgrid(torch.arange(gain.shape[0]), torch.arange(gain.shape[1]), indexing="ij")
+    I, G = (F.avg_pool2d(torch.tensor(x).float().movedim(-1, -3), SHRINK) for x in (clip, ground))
+    surplus = ((I - G) ** 2 - I ** 2).sum(1, keepdim=True)
+    padded = F.pad(torch.cat([surplus, I, torch.ones_like(surplus)], 1), (REACH,) * 4)
+    return padded, patches(padded, COARSE)
 
-    def at(step):
-        place = [n, t, y, x]
-        place[axis] = (place[axis] + step).clamp(0, gain.shape[axis] - 1)
-        return gain[tuple(place)]
 
-    left, middle, right = at(-1), at(0), at(1)
-    return (0.5 * (left - right) / (left - 2 * middle + right).clamp(max=-1e-6)).clamp(-0.5, 0.5)
+def patches(pictures, stride):
+    """(T, 5, rows, columns) -> (5, K, T, M), the patches at every stride-th place."""
+    T = len(pictures)
+    found = F.unfold(pictures.flatten(0, 1)[:, None], 2 * REACH, stride=stride)
+    return found.unflatten(0, (T, 5)).permute(1, 2, 0, 3).contiguous()
+
+
+def places_of(index, columns):
+    """Numbers of places that are counted row by row -> (..., 2), the places (x, y)."""
+    return torch.stack([index % columns, index // columns], -1)
 
 
 @lru_cache
 def open_sprites():
-    """The bank of every shape and pattern, in any colours."""
-    # A plain sprite needs no entry: any pattern in two equal colours is plain.
-    choices = product(SHAPES, PATTERNS[1:], (15.5, 17.5), (-0.24, -0.12, 0, 0.12, 0.24))
-    scenes = []
-    for shape, pattern, radius, angle in choices:
-        look = Look((1, 1, 1), (1, 1, 1), pattern)
-        scenes.append(Scene(shape, look, "", "", radius=radius, angle=angle))
-    return SpriteBank(scenes, open_colours=True)
+    """The bank of every shape and pattern. The steps between upright sprites are finer."""
+    # A plain sprite needs no entry: any pattern in two equal colours is plain. A circle or a square needs no
+    # more than half a turn, after which at most the two colours are swapped.
+    upright, turned = np.linspace(-0.36, 0.36, 7), np.arange(0.54, 5.8, 0.25)
+    sprites = []
+    for shape, pattern, radius in product(SHAPES, PATTERNS[1:], (15.5, 17.5, 20)):
+        whole = np.pi if shape in ("circle", "square") else 2 * np.pi
+        for angle in (*upright, *turned[turned < whole - UPRIGHT]):
+            sprites.append((shape, pattern, radius, angle))
+    return SpriteBank(sprites, step=7)
 
 
 @lru_cache
 def subject_sprites(name):
-    """The bank of one subject's true look, in several sizes and turns."""
+    """The bank of one subject's shape and pattern."""
     shape, look = SUBJECTS[name]
-    choices = product(np.linspace(13, 21, 7), np.linspace(-0.45, 0.45, 11))
-    return SpriteBank([Scene(shape, look, "", "", radius=radius, angle=angle) for radius, angle in choices])
+    return SpriteBank(product([shape], [look.pattern], (14, 16, 18, 20), np.arange(48) * np.pi / 24), step=3)
 
 
 # ------------------------------------------------------------------------------------------------------------
