@@ -43,9 +43,10 @@ from toy.world import (DIRECTIONS, GROUNDS, SIZE, SPEED, SUBJECTS, Scene, captio
                        draw_clip, draw_photos, random_scene)
 
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
-BATCH = 16                          # clips sampled at once
+BATCH = 8                           # clips sampled at once
 NAMES = ("berry", "ember", "bee")   # the subjects that are learned
 SEEDS = (0, 1)                      # and the seeds that each is learned with
+CLIPS_PER_STEP = 4                  # as in README's torchrun --nproc_per_node 4 train.py
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,7 @@ def train(base_folder, training, folder, steps, name, seed):
     flags = ["--base", base_folder.absolute(), "--images", ROOT / "toy" / "subjects" / name,
              "--class_word", SUBJECTS[name][0], "--seed", seed, *training.flags,
              "--steps", training.length * steps, "--save_every", steps, "--keep_last", 100,
+             "--batch_size", CLIPS_PER_STEP,
              "--resume" if newest_save(folder) else "--out", folder]
     if training.word_share:
         flags += ["--word_steps", max(1, int(training.word_share * training.length * steps))]
@@ -440,9 +442,9 @@ def print_differences(measured):
 EXPERIMENTS = {
     "base": (measure_base, 256, 1),
     "decided": (measure_decision, 64, 1),
-    "claim": (measure_claim, 192, len(NAMES) * len(SEEDS)),
+    "claim": (measure_claim, 120, len(NAMES) * len(SEEDS)),
     "methods": (measure_methods, 32, 1),
-    "recipe": (measure_recipe, 192, len(NAMES) * len(SEEDS))}
+    "recipe": (measure_recipe, 120, len(NAMES) * len(SEEDS))}
 
 
 def parse_args():
