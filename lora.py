@@ -54,8 +54,8 @@ class LoRALinear(nn.Module):
         self.linear = linear
         self.lam = 1.0
         # A and B are always in float32, because their steps are too small for bfloat16.
-        # Hu et al. 2021: A is Gaussian and B zero, so that step 0 computes the base exactly. The paper gives no
-        # standard deviation; 1 / rank is that of the authors' release.
+        # Hu et al. 2021: A is Gaussian and B zero, so that step 0 computes the base exactly. The standard
+        # deviation 1 / rank is that of the authors' release, because the paper names none.
         A = torch.randn(rank, linear.in_features) / rank
         B = torch.zeros(linear.out_features, rank)
         self.lora_A = nn.Parameter(A.to(linear.weight.device))

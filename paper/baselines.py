@@ -5,9 +5,9 @@
     python paper/baselines.py dreamvideo --images photos/dog --class_word dog           # Wei et al. 2024
     python paper/baselines.py sample --subject runs/dog-dreamvideo --prompt "a V* dog running on the grass"
 
-DreamVideo's motion learning is not here. Both methods use the settings that their authors published, and no
-rate is scaled. They save and resume like train.py, but draw no previews. A subject of Custom Diffusion is
-sampled by sample.py, at full strength. DreamVideo's adapters are not linear, so they cannot be merged into
+DreamVideo's motion learning is not included. Both methods use their authors' published settings, without
+scaled learning rates. They save and resume like train.py, but draw no previews. sample.py samples a subject
+of Custom Diffusion, at full strength. DreamVideo's adapters are not linear, so they cannot be merged into
 weights; its subjects have a file format of their own, which the last command reads.
 
 Shapes: B clips, T frames, L text tokens, D text width; N any batch, S positions, C channels.
@@ -54,7 +54,7 @@ class FullLinear(nn.Module):
     def forward(self, x):
         """Text (B, L, C_in) -> keys or values (B, L, C_out).
 
-        Every prompt has the same first token, start-of-text. Nothing is learned from that token.
+        The first token is start-of-text in every prompt, so nothing is learned from it.
         """
         y = self.linear(x) + F.linear(x, self.delta.to(x.dtype))
         return torch.cat([y[:, :1].detach(), y[:, 1:]], dim=1)
@@ -66,7 +66,7 @@ class FullLinear(nn.Module):
 
 
 def add_full_linears(unet):
-    """Puts a FullLinear around to_k and to_v of every cross-attention, 32 in VideoCrafter2 -> by name."""
+    """Puts a FullLinear around every cross-attention's to_k and to_v (VideoCrafter2: 32) -> name -> layer."""
     layers = {}
     for block in spatial_blocks(unet):
         for name in (f"{block}.attn2.to_k", f"{block}.attn2.to_v"):
@@ -76,14 +76,14 @@ def add_full_linears(unet):
 
 
 class CustomDiffusionLoss(SubjectLoss):
-    """Eq. 1 with a mask, and Eq. 3. Its parameters are V* and the updates of whole matrices."""
+    """Eq. 1 with a mask, and Eq. 3. Its parameters are V* and the updates of the whole matrices."""
 
     def __init__(self, base, v_star, layers, num_frames, fps):
         super().__init__(base, v_star, {}, num_frames, fps)
         self.deltas = nn.ParameterList(layer.delta for layer in layers.values())
 
     def forward(self, images, tokens, loss_mask, t, eps, *prior):
-        """As SubjectLoss, with a loss_mask (B, h, w) for the subject's clips."""
+        """Like SubjectLoss, with a loss_mask (B, h, w) for the subject's clips."""
         base, = self.frozen
         z_0 = still_video(base.encode(images), self.num_frames)             # (B, 4, T, h, w)
         context = base.text_encoder(tokens, self.v_star)                    # (B, L, D)
@@ -92,10 +92,10 @@ class CustomDiffusionLoss(SubjectLoss):
 
 
 class RescaledSamples(Samples):
-    """Custom Diffusion's samples: each photo is shrunk or enlarged, and its caption mentions it."""
+    """Custom Diffusion's samples: photos are rescaled, and captions mention a large change of scale."""
 
     def batch(self, numbers):
-        """As Samples, with the loss masks (B, h, w) after the tokens."""
+        """Like Samples, with the loss masks (B, h, w) after the tokens."""
         images, tokens, *others = super().batch(numbers)
         return [images, tokens, torch.stack([self.rescaled(i)[2] for i in numbers]), *others]
 
@@ -105,8 +105,8 @@ class RescaledSamples(Samples):
     def rescaled(self, i):
         """Sample number i -> image (3, H, W), caption, loss mask (h, w).
 
-        A photo at less than 0.6 of its size is placed on grey, at random. Then the loss counts only inside
-        the photo, one latent cell away from its edge. The mask's mean is 1, so that the mean over the clip
+        A photo at less than 0.6 of its size is placed at random on grey, and the loss counts only inside the
+        photo, one latent cell away from its edge. The mask's mean is 1, so that the mean over the clip
         becomes the mean over the cells that count.
         """
         photo, rng = self.photo_of(i), np.random.default_rng((self.seed, 1, i))
@@ -140,7 +140,7 @@ class RescaledSamples(Samples):
 
 
 class Adapter(nn.Module):
-    """The identity adapter. It adds nothing at the start, because its last layer is zero."""
+    """The identity adapter. It adds nothing at first, because its last layer starts at zero."""
 
     def __init__(self, channels):
         super().__init__()
@@ -154,7 +154,7 @@ class Adapter(nn.Module):
 
 
 class AdaptedAttention(nn.Module):
-    """Takes the places of a block's norm2 and attn2, so that the adapter reads x before the norm."""
+    """Replaces both norm2 and attn2 of a block, so that the adapter reads x before the norm."""
 
     def __init__(self, norm2, attn2, adapter):
         super().__init__()
@@ -166,7 +166,7 @@ class AdaptedAttention(nn.Module):
 
 
 def new_adapters(unet):
-    """Name of each spatial block -> a new Adapter of its width. They are not in the UNet yet."""
+    """-> name of each spatial block -> a new Adapter of its width, not yet inserted into the UNet."""
     widths = {name: unet.get_submodule(name).norm3.normalized_shape[0] for name in spatial_blocks(unet)}
     return {name: Adapter(width).to(unet.conv_out.weight.device) for name, width in widths.items()}
 
@@ -230,9 +230,9 @@ def load_dreamvideo(path, base):
 
 
 def learn_subject(args, config):
-    """As train.py, in one stage for Custom Diffusion and two for DreamVideo.
+    """Trains like train.py, in one stage for Custom Diffusion and two for DreamVideo.
 
-    args.targets is the method. A save records it, so that no other method continues from it, and its stage.
+    args.targets is the method. A save records the method, so that no other one resumes it, and the stage.
     """
     training, sampling = config.training, config.sampling
     process = join_processes()
@@ -255,7 +255,7 @@ def learn_subject(args, config):
                    config.vae.factor, not args.no_flip)
 
     def train_stage(loss, parameters, last_step):
-        """Trains up to `last_step`, from the save if it is of this stage, otherwise from subject.steps."""
+        """Trains up to `last_step`, from the save if that is of this stage, otherwise from subject.steps."""
         optimizer = torch.optim.AdamW(parameters, lr=training.lr, weight_decay=training.weight_decay)
         if last_save and saved["stage"] == settings["stage"]:
             load_training(last_save, subject, optimizer, training.steps)
@@ -274,7 +274,7 @@ def learn_subject(args, config):
     with lock_run(out, last_save, process.rank), stop_signals(process) as asked_to_stop:
         log = Log(out, steps_done(last_save) if last_save else 0, training.steps, process.rank)
         if args.targets == "custom_diffusion":
-            # Token 42170 is "ktn" within a word, which ordinary text does not have.
+            # Token 42170 is "ktn" inside a word, which does not occur in ordinary text.
             v_star = base.text_encoder.token_embedding.weight[42170:42171].float().clone()
             layers = add_full_linears(base.unet)
             loss = CustomDiffusionLoss(base, v_star, layers, training.frames, sampling.fps)
@@ -328,7 +328,7 @@ PUBLISHED = {"custom_diffusion": "--lr 8e-5 --steps 500 --alpha 1",
 def main():
     p = FlagParser(description="Custom Diffusion, and DreamVideo's subject learning.",
                    epilog="The first two commands take train.py's flags, and the last takes sample.py's. "
-                          "dreamvideo also takes --word_steps: of --steps, the first that train V* alone "
+                          "dreamvideo also takes --word_steps, the number of first steps that train V* alone "
                           "(default: 3000).")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for method, published in PUBLISHED.items():
@@ -355,7 +355,7 @@ def main():
 
 
 def refuse(args, *names):
-    """Raises BadInput if a flag of train.py or sample.py was given that has no effect here."""
+    """Raises BadInput if one of these flags was given, because they have no effect here."""
     for name in names:
         if getattr(args, name) not in (None, "", False, "all"):
             raise BadInput(f"--{name}: has no effect on this method; leave it out")

@@ -61,12 +61,12 @@ def main():
         rows.append(row)
 
     # Put the motion of the base with the same text and seed beside each video's own.
-    of_base = {(row["text"], row["seed"]): row["motion"] for row in rows if not row["subjects"]}
+    base_motion = {(row["text"], row["seed"]): row["motion"] for row in rows if not row["subjects"]}
     for path, job in base_videos:
         row = describe(path, job)
-        of_base[row["text"], row["seed"]] = motion(read_video(path, job))
+        base_motion[row["text"], row["seed"]] = motion(read_video(path, job))
     for row in rows:
-        row["motion of base"] = of_base.get((row["text"], row["seed"]))
+        row["motion of base"] = base_motion.get((row["text"], row["seed"]))
     report(rows, args.out or args.videos[0])
 
 
@@ -86,12 +86,11 @@ def consistency(frames):
 
 def motion(video, width=128, block=16, reach=8, explained=0.5, visible=2.0):
     """How far things move between frames: (T, H, W, 3) uint8 -> mean over blocks, in percent of the
-    picture's width.
+    picture's width, or None if T = 1.
 
-    Each block of 16 pixels (of a picture at most 128 wide) is searched in the next frame, up to 8 pixels
-    away, and compared up to brightness and contrast. A displacement counts only if it more than halves the
-    block's residual, so independent noise in each frame, flicker, and changes below 2 grey levels count as no
-    motion.
+    Each block of 16 x 16 pixels, in a picture at most 128 wide, is searched for in the next frame, up to 8
+    pixels away, whatever its brightness and contrast there. A displacement counts only if it more than halves
+    the block's residual, and if that is above 2 grey levels, so noise and flicker count as no motion.
     """
     if len(video) < 2:
         return None
@@ -149,7 +148,7 @@ class Tower(torch.nn.Module):
 
 
 def load_clip(path, device):
-    """OpenAI's ViT-B/32, with QuickGELU: `ViT-B-32` takes the same weights, and scores wrongly."""
+    """OpenAI's ViT-B/32 with QuickGELU. `ViT-B-32` would load the same weights, but its scores are wrong."""
     import open_clip
     model = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32-quickgelu"))
     repository = "timm/vit_base_patch32_clip_224.openai"
@@ -160,7 +159,7 @@ def load_clip(path, device):
 
 
 def load_dino(path, device):
-    """DINO's ViT-S/16, the class token after the norm; resize 256 and crop 224, as its authors do."""
+    """DINO's ViT-S/16: the class token after the norm. Like its authors, resizes to 256 and crops to 224."""
     import timm
     model = timm.create_model("vit_small_patch16_224", num_classes=0)
     load_weights(model, path, "--dino", "timm/vit_small_patch16_224.dino", "model.safetensors")
@@ -169,7 +168,7 @@ def load_dino(path, device):
 
 
 def load_weights(model, path, flag, repository, file):
-    """A local file, otherwise the hub's, into `model`. Raises BadInput. Nothing in the file is run."""
+    """Loads a local file, or else the hub's, into `model`. Raises BadInput. Runs nothing in the file."""
     path = path or from_hub(repository, file, flag, f"name it with {flag} PATH")
     try:
         if path.suffix == ".safetensors":
@@ -178,7 +177,7 @@ def load_weights(model, path, flag, repository, file):
             model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # pickle, zip, TorchScript and safetensors each raise errors of their own
         reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"{flag} {path}: not the weights of this model ({reason}); they are {file} of "
+        raise BadInput(f"{flag} {path}: not the weights of this model ({reason}); pass {file} of "
                        f"{repository}") from None
 
 
@@ -187,7 +186,7 @@ def load_weights(model, path, flag, repository, file):
 
 
 def find_videos(folders):
-    """Folders -> list of (video file, the content of its JSON). Raises BadInput if a folder has none."""
+    """Folders -> list of (video file, the content of its JSON). Raises BadInput if a folder has no video."""
     videos = []
     for folder in dict.fromkeys(folders):   # once each
         before = len(videos)
@@ -195,7 +194,7 @@ def find_videos(folders):
             job, files = read_json(path) or {}, [path.with_suffix(".mp4"), path.with_suffix(".gif")]
             file = next((file for file in files if file.exists()), None)
             if not file or not {"prompt", "seed", "subjects"} <= job.keys():
-                continue    # not a video's, such as evaluation.json
+                continue    # not the JSON of a video, such as evaluation.json
             if job.get("compare"):
                 warn(f"{path}: shows several videos side by side (--compare); skipped")
             else:
@@ -225,25 +224,25 @@ def read_video(path, job):
 
 
 def describe(path, job):
-    """The row of a video. Its text is the prompt without V*, which CLIP cannot read."""
+    """The row of a video, without metrics. Its text is the prompt without V*, which CLIP cannot read."""
     text = without_placeholders(job["prompt"], [subject["placeholder"] for subject in job["subjects"]])
     return {"folder": str(path.parent), "video": path.name, "text": text, "seed": job["seed"],
             "subjects": " ".join(subject["class_word"] for subject in job["subjects"])}
 
 
 def report(rows, out):
-    """Prints a line per folder, means with standard errors; writes evaluation.json."""
+    """Prints a line of means and standard errors per folder, and writes evaluation.json."""
     print("| | videos | " + " | ".join(METRICS) + " |\n" + "|---" * (2 + len(METRICS)) + "|")
     folders = {}
     for folder in dict.fromkeys(row["folder"] for row in rows):
-        mine, cells, folders[folder] = [row for row in rows if row["folder"] == folder], [], {}
+        own_rows, cells, folders[folder] = [row for row in rows if row["folder"] == folder], [], {}
         for metric in METRICS:
-            values = [row[metric] for row in mine if row[metric] is not None]
+            values = [row[metric] for row in own_rows if row[metric] is not None]
             if values:
                 mean, error = float(np.mean(values)), float(np.std(values) / len(values) ** 0.5)
                 folders[folder][metric] = mean, error, len(values)
             cells.append(f"{mean:.3f} ± {error:.3f}" if values else "–")
-        print(f"| {folder} | {len(mine)} | " + " | ".join(cells) + " |")
+        print(f"| {folder} | {len(own_rows)} | " + " | ".join(cells) + " |")
     with atomic_write(out / "evaluation.json") as temporary:
         content = {"folders": folders, "videos": rows}
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -253,7 +252,7 @@ def report(rows, out):
 def parse_args():
     p = FlagParser(description="CLIP-T, CLIP-I, DINO-I, temporal consistency and motion of sampled videos.")
     p.add_argument("--videos", type=Path, nargs="+", required=True,
-                   help="folders that sample.py wrote into; a line of the table each")
+                   help="folders that sample.py wrote into; each is a line of the table")
     p.add_argument("--images", type=Path, required=True, help="folder with the subject's photos")
     p.add_argument("--base_videos", type=Path, nargs="+", default=[],
                    help="folders with clips of the base (sample.py --subject none), same prompts and seeds")

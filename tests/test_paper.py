@@ -130,7 +130,7 @@ def test_A_starts_gaussian(rank):
     A = LoRALinear(torch.nn.Linear(1024, 8), rank).lora_A.detach()
     assert A.shape == (rank, 1024)
     assert A.std().item() == pytest.approx(1 / rank, rel=0.05) and A.mean().abs() < 0.1 / rank
-    assert (A.abs() < 1 / rank).float().mean().item() == pytest.approx(0.683, abs=0.03)      # within one sigma
+    assert (A.abs() < 1 / rank).float().mean().item() == pytest.approx(0.683, abs=0.03)  # one sigma
 
 
 def test_eq_2_the_update_in_the_weight(base):

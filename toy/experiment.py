@@ -1,16 +1,16 @@
 """Measures the embedded base, and the paper's claim on it, where the truth is known to the pixel.
 
-    python toy/experiment.py base      # does the base show what captions ask for, and does it stay the same?
+    python toy/experiment.py base      # does the base follow its captions, and do sprites keep their look?
     python toy/experiment.py decided   # at which sampling step is the direction of motion decided?
     python toy/experiment.py claim     # three subjects, each learned twice: constant lambda, the schedule
     python toy/experiment.py methods   # the rows of the paper's Tables 1 and 2, on three subjects
-    python toy/experiment.py recipe    # changes of the training that the paper leaves open
+    python toy/experiment.py recipe    # variants of the training where the paper leaves it open
 
-Each trains what it needs, prints tables, and writes each table with a picture into --out. Numbers are means
-with standard errors: over clips, or over trainings where several share a row. Clip n of every row has the
-same seed, and its prompt asks for the same motion on the same ground. Trainings and rows that exist are not
-made again. `torchrun --nproc_per_node 2 toy/experiment.py ...` shares the work between processes, which is
-faster on CPU cores too.
+Each trains the subjects it needs, prints tables, and writes each table with a picture into --out. Numbers are
+means with standard errors: over clips, or over trainings where several share a row. In all rows of a table,
+clip n has the same seed, and its prompt asks for the same motion on the same ground. Trainings and rows that
+exist are not made again. `torchrun --nproc_per_node 2 toy/experiment.py ...` shares the work between
+processes, which is faster on CPU cores too.
 
 Shapes: B clips, T frames; clips (B, T, H, W, 3) uint8.
 """
@@ -45,18 +45,18 @@ from toy.world import (DIRECTIONS, GROUNDS, SIZE, SPEED, SUBJECTS, Scene, captio
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 BATCH = 8                           # clips sampled at once
 NAMES = ("berry", "ember", "bee")   # the subjects that are learned
-SEEDS = (0, 1)                      # and the seeds that each is learned with
+SEEDS = (0, 1)                      # the seeds that each is learned with
 CLIPS_PER_STEP = 4                  # as in README's torchrun --nproc_per_node 4 train.py
 
 
 @dataclass(frozen=True)
 class Training:
-    """One way to learn a subject. Trainings of one name share a run, where a longer one has a later save."""
+    """One way to learn a subject. Trainings of the same name share a run; the longer one has a later save."""
     name: str
     flags: tuple = ()
-    command: tuple = (ROOT / "train.py",)   # what Python runs
-    length: int = 1                         # times the base's own number of steps
-    word_share: float = 0.0                 # for DreamVideo: the share of the steps that trains V* alone
+    command: tuple = (ROOT / "train.py",)   # Python's arguments before the flags
+    length: int = 1                         # in multiples of the base's own number of steps
+    word_share: float = 0.0                 # for DreamVideo: the share of the steps that train V* alone
 
 
 DEFAULT, LONGER = Training("default"), Training("default", length=2)
@@ -85,8 +85,8 @@ CONSTANT_08, PAPER_K5 = Row("constant 0.8", "0.8*50"), Row("0.4 then 0.8, K = 5 
 SCHEDULES = [CONSTANT_08, Row("constant 0.4", "0.4*50"), PAPER_K5,
              Row("0.4 then 0.8, K = 10", "0.4*10,0.8*40")]
 
-# The rows of the paper's tables. Learning rates are the published ones times 67, as this base's own rate is
-# 67 times the paper's. "Longer" is twice as long, since the paper does not say how long.
+# The rows of the paper's tables. Learning rates are the published ones times 67, because this base's own rate
+# is 67 times the paper's. "Longer" is twice as long, because the paper does not give a number.
 RIVALS = ROOT / "paper" / "baselines.py"
 CUSTOM_DIFFUSION = Training("Custom Diffusion", ("--lr", 5.3e-3), (RIVALS, "custom_diffusion"))
 DREAMVIDEO = Training("DreamVideo", ("--word_lr", 6.7e-3, "--lr", 6.7e-4), (RIVALS, "dreamvideo"),
@@ -118,46 +118,46 @@ def main():
 
 
 def measure_base(args, base, process):
-    """Clips of scenes never trained on, at default settings, against their captions; and the VAE's error.
+    """Whether clips follow the captions of scenes that were never trained on; and the VAE's error.
 
-    The world's own clips after the VAE show what a perfect UNet would reach.
+    The world's own clips, after the VAE, show how well a perfect UNet would do.
     """
     scenes, table = unseen_scenes(args.clips), Table(args, base, process, "base")
 
     def judge(i, clip):
-        seen = measure(clip, scenes[i].fps)
-        numbers = against(scenes[i], seen, ("direction", "colour", "pattern", "shape", "ground"))
-        return numbers | {"colour drift": seen.colour_drift, "shape drift": seen.shape_drift}
+        measures = measure(clip, scenes[i].fps)
+        numbers = against(scenes[i], measures, ("direction", "colour", "pattern", "shape", "ground"))
+        return numbers | {"colour drift": measures.colour_drift, "shape drift": measures.shape_drift}
 
-    def from_the_world(base, prompts, which):
-        return np.stack([through_vae(base, draw_clip(scenes[i])) for i in which])
+    def from_the_world(base, prompts, indices):
+        return np.stack([through_vae(base, draw_clip(scenes[i])) for i in indices])
 
     captions = [caption(scene) for scene in scenes]
     table.fill("the world's own, after the VAE", captions, judge, range(6), from_the_world)
     table.fill("base", captions, judge, range(6))
     world = [draw_clip(scene, frames=1)[0] for scene in scenes]
     photos = [photo for name in SUBJECTS for photo in draw_photos(name)]
-    for shown, pictures in (("the world", world), ("the subjects' photos", photos)):
-        print(f"VAE on {shown}: {np.mean([psnr(base, picture) for picture in pictures]):.1f} dB")
+    for source, pictures in (("the world", world), ("the subjects' photos", photos)):
+        print(f"VAE on {source}: {np.mean([psnr(base, picture) for picture in pictures]):.1f} dB")
 
 
 def measure_decision(args, base, process):
-    """After k steps the motion word becomes its opposite. Motion is decided where the first word wins."""
+    """Swaps the motion word for its opposite after k steps. If the first word wins, motion was settled."""
     scenes, table = unseen_scenes(args.clips), Table(args, base, process, "decided")
     prompts = [caption(scene) for scene in scenes]
     later_prompts = [caption(replace(scene, direction=OPPOSITE[scene.direction])) for scene in scenes]
 
     def judge(i, clip):
-        seen, asked = measure(clip, scenes[i].fps).direction, scenes[i].direction
-        return {"first word": seen == asked, "second word": seen == OPPOSITE[asked]}
+        direction, first_word = measure(clip, scenes[i].fps).direction, scenes[i].direction
+        return {"first word": direction == first_word, "second word": direction == OPPOSITE[first_word]}
 
-    def sample(base, prompts, which):
-        """As `sample_clips`. After k steps the UNet reads `later_prompts` in place of `prompts`."""
-        later = base.encode_text([later_prompts[n] for n in which] + [""] * len(which))  # "" is for guidance
-        first_t, *_ = ddim_steps(base.schedule, base.config.sampling.steps, eta=0)[k]
-        unet, exchanged = base.unet, copy.copy(base)
-        exchanged.unet = lambda z, t, fps, context: unet(z, t, fps, later if t[0] <= first_t else context)
-        return sample_clips(exchanged, prompts, which)
+    def sample(base, prompts, indices):
+        """Like `sample_clips`, but after k steps the UNet reads `later_prompts` instead of `prompts`."""
+        later = base.encode_text([later_prompts[n] for n in indices] + [""] * len(indices))  # "": guidance
+        later_t, *_ = ddim_steps(base.schedule, base.config.sampling.steps, eta=0)[k]
+        unet, two_prompts = base.unet, copy.copy(base)
+        two_prompts.unet = lambda z, t, fps, context: unet(z, t, fps, later if t[0] <= later_t else context)
+        return sample_clips(two_prompts, prompts, indices)
 
     for k in (1, 2, 3, 5, 7, 10, 20):
         table.fill(f"k = {k}", prompts, judge, sample=sample)
@@ -170,7 +170,7 @@ def measure_claim(args, base, process):
         name = subject.settings["images"]
         if name not in SUBJECTS or subject.class_word != SUBJECTS[name][0]:
             raise BadInput(f"--subject {args.subject}: was learned from {name}, a {subject.class_word}; the "
-                           f"true look is known of toy/subjects only")
+                           f"true look is known only for toy/subjects")
         measure_rows(args, base, process, "claim", [CLASS_WORD, *SCHEDULES], [(subject, name)])
         return
     learned = learn(args, base, process, [DEFAULT, LONGER, MOVING_PRIOR])
@@ -194,12 +194,12 @@ def measure_claim(args, base, process):
 
 
 def measure_methods(args, base, process):
-    """Every method of the paper's tables on three subjects with one seed, and then the clips of all three."""
+    """Every method of the paper's tables, one seed each: a table for each subject, and one for all."""
     learned = learn(args, base, process, [row.training for row in METHODS], SEEDS[:1])
     of_all = {row: {} for row in METHODS}
     for i, name in enumerate(NAMES):
         print(f"\n{name}")
-        table = Table(args, base, process, f"methods-{name}", [known[i][0] for known in learned.values()])
+        table = Table(args, base, process, f"methods-{name}", [pairs[i][0] for pairs in learned.values()])
         for row, numbers in of_all.items():
             for metric, values in measure_row(table, row, [learned[row.training][i]]).items():
                 numbers.setdefault(metric, []).extend(values)
@@ -248,7 +248,7 @@ def learn(args, base, process, trainings, seeds=SEEDS):
 
 
 def train(base_folder, training, folder, steps, name, seed):
-    """Starts or resumes one run. `steps` is the base's own number of steps, after which there is a save."""
+    """Starts or resumes one run. There is a save after every `steps`, the base's own number of steps."""
     flags = ["--base", base_folder.absolute(), "--images", ROOT / "toy" / "subjects" / name,
              "--class_word", SUBJECTS[name][0], "--seed", seed, *training.flags,
              "--steps", training.length * steps, "--save_every", steps, "--keep_last", 100,
@@ -256,12 +256,12 @@ def train(base_folder, training, folder, steps, name, seed):
              "--resume" if newest_save(folder) else "--out", folder]
     if training.word_share:
         flags += ["--word_steps", max(1, int(training.word_share * training.length * steps))]
-    # torchrun started this process, but not the training, which is a process of its own.
+    # The training is a process of its own, which must not join this process's torchrun.
     of_torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC", "MASTER")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(of_torchrun)}
     command = [str(word) for word in (sys.executable, *training.command, *flags)]
     if subprocess.run(command, env=environment | {"PYTHONPATH": str(ROOT)}).returncode:
-        raise BadInput(f"training {folder.name}: stopped, see above; the same command continues with it")
+        raise BadInput(f"training {folder.name}: stopped, see above; the same command resumes it")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -269,30 +269,30 @@ def train(base_folder, training, folder, steps, name, seed):
 
 
 def unseen_scenes(count):
-    """Scenes at 8 frames per second, of a seed that pre-training does not use. Every second is held out."""
+    """Scenes at 8 frames per second, of a seed that pre-training does not use. Every other is held out."""
     rng = np.random.default_rng(1000)
     return [replace(random_scene(rng, unseen=i % 2 == 0), fps=8) for i in range(count)]
 
 
-def against(scene, seen, names):
-    """What a clip shows (Measured) against what was asked: metric -> number.
+def against(scene, measures, names):
+    """Compares a clip's measures (Measured) with the scene that was asked for -> metric -> number.
 
     The distance is relative to that of the world's own clips.
     """
-    asked = {"shape": scene.shape, "ground": scene.ground, "direction": scene.direction,
-             "pattern": scene.look.pattern, "colour": colour_words(scene.look)}
-    numbers = {name: getattr(seen, name) == asked[name] for name in names}
-    distance = seen.distance / (SPEED / scene.fps * (len(seen.track) - 1))
-    return numbers | {"distance": distance, "frozen": seen.frozen, "broken": seen.broken > 0}
+    target = {"shape": scene.shape, "ground": scene.ground, "direction": scene.direction,
+              "pattern": scene.look.pattern, "colour": colour_words(scene.look)}
+    numbers = {name: getattr(measures, name) == target[name] for name in names}
+    distance = measures.distance / (SPEED / scene.fps * (len(measures.track) - 1))
+    return numbers | {"distance": distance, "frozen": measures.frozen, "broken": measures.broken > 0}
 
 
-def sample_clips(base, prompts, which, subjects=(), lambdas=None):
-    """The prompts numbered `which`, each with its number as seed -> clips (B, T, H, W, 3) uint8."""
-    return generate(base, [prompts[n] for n in which], which, subjects, lambdas=lambdas).numpy()
+def sample_clips(base, prompts, indices, subjects=(), lambdas=None):
+    """The prompts at `indices`, each with its index as seed -> clips (B, T, H, W, 3) uint8."""
+    return generate(base, [prompts[n] for n in indices], indices, subjects, lambdas=lambdas).numpy()
 
 
 def measure_rows(args, base, process, name, rows, learned):
-    """A table whose rows all sample the same subjects -> row -> metric -> a number per clip."""
+    """Fills a table whose rows all sample the same subjects -> row -> metric -> a number per clip."""
     table = Table(args, base, process, name, [subject for subject, _ in learned])
     return {row: measure_row(table, row, learned) for row in rows}
 
@@ -300,22 +300,22 @@ def measure_rows(args, base, process, name, rows, learned):
 def measure_row(table, row, learned):
     """Fills one row: subjects at the row's lambdas, or the base with their class words -> its numbers.
 
-    learned: list of (subject, name). Each makes an equal share of the clips, one share after the other. The
-    prompts ask for every direction on every ground in turn.
+    learned: list of (subject, name), each of which makes an equal share of the clips, in order. The prompts
+    ask for every direction on every ground in turn.
     """
     settings, share = table.base.config.sampling, table.args.clips // len(learned)
-    places, scenes, prompts = itertools.cycle(itertools.product(GROUNDS, DIRECTIONS)), [], []
-    for n, (ground, direction) in zip(range(table.args.clips), places):
+    motions, scenes, prompts = itertools.cycle(itertools.product(GROUNDS, DIRECTIONS)), [], []
+    for n, (ground, direction) in zip(range(table.args.clips), motions):
         subject, name = learned[n // share]
         scenes.append(Scene(*SUBJECTS[name], ground, direction))
-        named = f"{subject.placeholder} {subject.class_word}" if row.lambdas else subject.class_word
-        prompts.append(f"a {named} moving {direction} on the {ground}")
+        words = f"{subject.placeholder} {subject.class_word}" if row.lambdas else subject.class_word
+        prompts.append(f"a {words} moving {direction} on the {ground}")
 
-    def sample(base, prompts, which):
+    def sample(base, prompts, indices):
         if not row.lambdas:
-            return sample_clips(base, prompts, which)
+            return sample_clips(base, prompts, indices)
         clips, lambdas = [], parse_lambdas(row.lambdas, settings.steps)
-        for number, part in itertools.groupby(which, key=lambda n: n // share):
+        for number, part in itertools.groupby(indices, key=lambda n: n // share):
             subject, _ = learned[number]
             with inserted_adapters(base.unet, getattr(subject, "adapters", {})):    # DreamVideo's
                 clips.append(sample_clips(base, prompts, list(part), [subject], lambdas))
@@ -335,7 +335,7 @@ def measure_row(table, row, learned):
 
 
 class Table:
-    """Rows of metric -> a number per clip, and a picture of them. Printed row by row.
+    """Rows of metric -> a number per clip, printed one by one, and a picture with example clips of each.
 
     The rows are kept in --out/NAME.json, so an interrupted table continues.
     """
@@ -350,27 +350,27 @@ class Table:
         if recorded.get("settings") != self.settings:
             raise BadInput(f"--out {args.out}: {self.path.name} in it has other settings "
                            f"({recorded.get('settings')}); name another folder")
-        self.rows = recorded["rows"] if self.picture.exists() else {}   # without it they are made again
+        self.rows = recorded["rows"] if self.picture.exists() else {}   # without it, rows are made again
 
     def fill(self, name, prompts, judge, examples=(0, 1), sample=None, trainings=1):
         """Samples every prompt, clip n from seed n, and judges the clips -> metric -> a number per clip.
 
-        judge: function (n, clip) -> metric -> number. sample: function (base, prompts, which) -> clips, by
-        default `sample_clips`. The picture shows the clips numbered `examples`. `trainings`: how many share
-        the clips (print_row). Processes share the work.
+        judge: function (n, clip) -> metric -> number. sample: function (base, prompts, indices) -> clips, by
+        default `sample_clips`. The picture shows the clips at `examples`. `trainings` is how many of them
+        share the clips (see `print_row`). Processes share the work.
         """
         if name not in self.rows:
             mine = range(self.process.rank, len(prompts), self.process.world)
             batches = [mine[i:i + BATCH] for i in range(0, len(mine), BATCH)]
-            judged, films = {}, {}
+            numbers, films = {}, {}
             for batch in Progress(batches, desc=name, unit=f"{BATCH} clips", disable=self.process.rank > 0):
                 for n, clip in zip(batch, (sample or sample_clips)(self.base, prompts, batch)):
-                    judged[n] = {metric: float(value) for metric, value in judge(n, clip).items()}
+                    numbers[n] = {metric: float(value) for metric, value in judge(n, clip).items()}
                     if n in examples:
                         films[n] = clip[[0, 2, 5, 7]]
-            for theirs, their_films in of_all_processes((judged, films), self.process):
-                judged, films = judged | theirs, films | their_films
-            self.rows[name] = {metric: [judged[n][metric] for n in sorted(judged)] for metric in judged[0]}
+            for their_numbers, their_films in of_all_processes((numbers, films), self.process):
+                numbers, films = numbers | their_numbers, films | their_films
+            self.rows[name] = {metric: [numbers[n][metric] for n in sorted(numbers)] for metric in numbers[0]}
             if self.process.rank == 0:
                 self.save(name, [films[n] for n in sorted(films)])
         print_row(name, self.rows[name], not self.printed, trainings)
@@ -393,13 +393,13 @@ class Table:
 def print_row(name, numbers, first, trainings=1):
     """Prints a row of a Markdown table: means and standard errors. The `first` has the header above it.
 
-    numbers: metric -> a number per clip. With several `trainings` each made an equal share of the clips, one
-    share after the other, and the errors are over trainings.
+    numbers: metric -> a number per clip. If there are several `trainings`, each made an equal share of the
+    clips, in order, and the errors are over trainings.
     """
     if first:
         clips = len(next(iter(numbers.values())))
-        shared = f" by {trainings} trainings" if trainings > 1 else ""
-        print(f"| {clips} clips per row{shared} | " + " | ".join(numbers) + " |")
+        by_trainings = f" by {trainings} trainings" if trainings > 1 else ""
+        print(f"| {clips} clips per row{by_trainings} | " + " | ".join(numbers) + " |")
         print("|---" * (1 + len(numbers)) + "|")
     cells = [mean_and_error(values, trainings) for values in numbers.values()]
     print(f"| {name} | " + " | ".join(cells) + " |")
@@ -415,9 +415,9 @@ def mean_and_error(values, trainings):
 def print_differences(measured):
     """measured: name of a training, the default's first -> metric -> a number per clip, at K = 5.
 
-    Prints the differences to the default training, paired by subject and seed, and whether the change may
-    become a default: on average it loses at most 0.05 of direction and 0.02 of likeness, and no subject loses
-    more than 0.15 of either.
+    Prints the differences from the default training, paired by subject and seed, and whether a change may
+    become a default, which it may if it loses at most 0.05 of direction and 0.02 of likeness on average, and
+    at most 0.15 of either on any subject.
     """
     (_, default), *changed = measured.items()
     columns = [f"{metric} {name}".strip() for metric in ("direction", "likeness") for name in ("", *NAMES)]
@@ -425,12 +425,12 @@ def print_differences(measured):
     print("|---" * (len(columns) + 2) + "|")
     for name, numbers in changed:
         cells, accepted = [], True
-        for metric, most in (("direction", 0.05), ("likeness", 0.02)):
+        for metric, max_loss in (("direction", 0.05), ("likeness", 0.02)):
             difference = np.subtract(numbers[metric], default[metric])
             of_subjects = difference.reshape(len(NAMES), -1).mean(1)
             cells.append(mean_and_error(difference, len(NAMES) * len(SEEDS)))
             cells += [f"{mean:.3f}" for mean in of_subjects]
-            accepted &= of_subjects.mean() >= -most and of_subjects.min() >= -0.15
+            accepted &= of_subjects.mean() >= -max_loss and of_subjects.min() >= -0.15
         print(f"| {name} | " + " | ".join(cells) + f" | {'yes' if accepted else 'no'} |")
 
 
@@ -438,7 +438,7 @@ def print_differences(measured):
 # Flags
 
 
-# Name -> function, clips per row unless --clips is given, and the number of trainings that share them.
+# Name -> function, default of --clips, and the number of trainings that share a row's clips.
 EXPERIMENTS = {
     "base": (measure_base, 256, 1),
     "decided": (measure_decision, 64, 1),
@@ -459,7 +459,7 @@ def parse_args():
     p.add_argument("--clips", type=int, help=f"clips per row (default: {numbers})")
     p.add_argument("--steps", type=int, help="of a default training, for a quick look (default: the base's)")
     p.add_argument("--precision", choices=["float32", "bfloat16"], default="float32",
-                   help="of the UNet that samples; bfloat16 takes half the time on a processor that knows it "
+                   help="of the UNet that samples; bfloat16 takes half the time on CPUs that support it "
                         "(default: %(default)s)")
     p.add_argument("--out", type=Path, default=Path("outputs/experiment"),
                    help="folder for results (default: %(default)s)")
@@ -471,7 +471,7 @@ def parse_args():
     args.run, clips, shares = EXPERIMENTS[args.what]
     args.clips = args.clips or clips
     if args.clips % shares and not args.subject:
-        raise BadInput(f"--clips {args.clips}: should be a multiple of {shares}, so that {shares} trainings "
+        raise BadInput(f"--clips {args.clips}: should be a multiple of {shares}, because {shares} trainings "
                        f"share a row's clips equally")
     return args
 

@@ -1,23 +1,23 @@
-"""What a clip of the world shows, measured from its pixels by finding the drawing that explains them best.
+"""Measures a clip of the world from its pixels, by finding the drawing that explains them best.
 
     from toy.measure import measure, likeness
 
-Nothing to run here. The ground is the painted ground that most pixels agree with. A bank is a list of sprites
-of several shapes, patterns, sizes and turns. It finds the best of them, and about where they are. `fit` then
-moves, sizes and turns them until their drawings come nearest to the pixels. The gain of a sprite at p says
-how much nearer to the pixels the sprite is than the bare ground:
+Nothing to run here. The ground is the painted one that most pixels agree with. The sprite is found in two
+stages: a bank of sprites in many shapes, patterns, sizes and turns is tried at many places, and then `fit`
+moves, sizes and turns the best few until their drawings come nearest to the pixels. The bank ranks sprites by
+their gain, which is how much nearer to the pixels a sprite at p is than the ground without it:
 
     gain(p) = sum_x m(x - p) [ (I(x) - G(x))^2 - (I(x) - S(x - p))^2 ]
 
-with image I, ground G, sprite S and its cover m. S = c_1 w_1 + c_2 w_2: two weights w_i hold the sprite's
-light and its pattern. The colours c are given, or left open. Open colours are those that explain most, which
-is a least-squares problem of two unknowns:
+with image I, ground G, sprite S and its cover m, which is 0 where a face may be. S = c_1 w_1 + c_2 w_2, where
+the weights w_i hold the sprite's light and pattern. The colours c are given, or else chosen to maximise the
+gain (up to RIDGE), which is a least-squares problem of two unknowns in each colour channel:
 
     gain(p) = sum_x m [ (I - G)^2 - I^2 ] + 2 b c - c A c
-    b_i = sum_x m w_i I        A_ij = sum_x m w_i w_j        c = A^-1 b
+    b_i = sum_x m w_i I        A_ij = sum_x m w_i w_j        c = (A + RIDGE)^-1 b
 
-Shapes: T frames, N sprites of a bank; clips (T, H, W, 3). A bank works on pictures of h = H / 2 rows and
-w = W / 2 columns. A patch is the K = k * k pixels around one of M places. Lengths are in pixels.
+Shapes: T frames, N sprites of a bank; clips (T, H, W, 3). A bank works on pictures shrunk to H / 2 rows and
+W / 2 columns. A patch is the K = k * k pixels around one of M places. Lengths are in pixels.
 """
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -32,22 +32,22 @@ from toy.world import (DIRECTIONS, GROUNDS, PATTERNS, SHAPES, SIZE, SPEED, SUBJE
                        Y, colour_name, colour_words, draw_ground, draw_sprite, face_parts, pattern_cover,
                        sprite_body, sprite_geometry)
 
-BROKEN = 17.0     # dB: a frame is broken if its PSNR to the clip's drawing is lower
+BROKEN = 17.0     # dB: a frame is broken if its PSNR against the clip's drawing is lower
 FROZEN = 0.25     # a clip is frozen if its sprite travels less than this share of the world's distance
-UNIFORM = 3.0     # root mean square distance that a track may have from uniform motion
-AGREES = 0.08     # median difference in [0, 1] that pixels may have from a ground
+UNIFORM = 3.0     # a direction counts only if the track's RMS distance from uniform motion is smaller
+AGREES = 0.08     # a ground is named only if the pixels' median difference from it, in [0, 1], is smaller
 UPRIGHT = 0.45    # radians: the world's sprites are turned by less, those of learned subjects by any angle
-RIDGE = 0.5       # added to A's diagonal: a colour that is hardly in the picture counts as black
+RIDGE = 0.5       # added to A's diagonal, so a colour that hardly shows is taken as nearly black
 STEPS = 3         # Gauss-Newton steps of a fit
 SHRINK = 2        # a bank's pictures are this many times smaller
-REACH = 12        # shrunk pixels: half a patch's side k; a sprite of radius 21 fits in
-COARSE = 2        # shrunk pixels between the places that are tried first
-NEAR = 3          # shrunk pixels: how far around these places all sprites are tried
+REACH = 12        # shrunk pixels: half a patch's side k, enough for a sprite of radius 21
+COARSE = 2        # shrunk pixels between neighbouring places of the first search
+NEAR = 3          # shrunk pixels: how far around the first search's result the second search goes
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a clip shows. A name is empty where the clip shows none."""
+    """The measures of a clip. A word is empty if the clip does not show such a thing clearly."""
     shape: str
     pattern: str
     colour: str          # one word, or two with "and"
@@ -55,24 +55,24 @@ class Measured:
     direction: str
     distance: float      # travelled from the first frame to the last, on a straight line fitted to the track
     frozen: bool         # whether the distance is too short, see FROZEN
-    broken: float        # share of frames that the clip's drawing does not come near, see BROKEN
+    broken: float        # share of frames that differ too much from the clip's drawing, see BROKEN
     colour_drift: float  # mean change of the fitted colours between two frames; black to white would be 1
-    shape_drift: float   # of two neighbouring sprites' area, the mean share that only one of them covers
+    shape_drift: float   # mean share of two neighbouring outlines' area that only one of them covers
     track: np.ndarray    # (T, 2), the sprite's centre (x, y)
 
 
 def measure(clip, fps):
     """clip (T, H, W, 3) uint8 with T >= 2, its frames per second -> Measured.
 
-    One sprite explains the whole clip. Its colours are fitted in each frame. Where half of the frames or more
-    are broken, shape, pattern, colour and direction are empty.
+    One sprite explains the whole clip, but its colours are fitted in each frame. If half of the frames or
+    more are broken, then shape, pattern, colour and direction are empty.
     """
     clip = clip / 255
     ground_name, ground = find_ground(clip)
     scene, track, colours, outlines = find_sprite(clip, ground)
     first, second = np.clip(colours.mean(0), 0, 1)
     look = Look(tuple(first), tuple(second), scene.look.pattern)
-    if colour_name(first) == colour_name(second):   # a pattern's colours never share a name
+    if colour_name(first) == colour_name(second):   # plain: a pattern's colours have different names
         look, colours = Look(tuple(first)), colours[:, :1]
 
     # Compare each frame with the best drawing, with a face or without.
@@ -81,23 +81,23 @@ def measure(clip, fps):
         drawn = draw_sprite(ground, replace(scene, look=replace(look, face=face)), track)
         errors.append(((drawn - clip) ** 2).mean(axis=(1, 2, 3)))
     broken = -10 * np.log10(np.min(errors, axis=0)) < BROKEN
-    seen = broken.mean() < 0.5
+    intact = broken.mean() < 0.5
 
-    # Compare the outlines of neighbouring frames, laid over one another.
+    # Lay the outlines of neighbouring frames over one another.
     intersection = torch.minimum(outlines[1:], outlines[:-1]).sum((1, 2))
     union = torch.maximum(outlines[1:], outlines[:-1]).sum((1, 2))
 
     # Fit a straight line to the track.
     time = np.arange(len(clip)) - (len(clip) - 1) / 2
     velocity = (time[:, None] * track).sum(0) / (time ** 2).sum()
-    off_line = np.sqrt(((track - track.mean(0) - time[:, None] * velocity) ** 2).sum(1).mean())
+    deviation = np.sqrt(((track - track.mean(0) - time[:, None] * velocity) ** 2).sum(1).mean())
     distance = float(np.hypot(*velocity) * (len(clip) - 1))
     frozen = distance < FROZEN * SPEED / fps * (len(clip) - 1)
-    moves = seen and not frozen and off_line < UNIFORM
+    moves = intact and not frozen and deviation < UNIFORM
     direction = max(DIRECTIONS, key=lambda name: velocity @ DIRECTIONS[name])
 
-    return Measured(shape=scene.shape if seen else "", pattern=look.pattern if seen else "",
-                    colour=colour_words(look) if seen else "", ground=ground_name,
+    return Measured(shape=scene.shape if intact else "", pattern=look.pattern if intact else "",
+                    colour=colour_words(look) if intact else "", ground=ground_name,
                     direction=direction if moves else "", distance=distance, frozen=bool(frozen),
                     broken=float(broken.mean()), colour_drift=float(np.abs(np.diff(colours, axis=0)).mean()),
                     shape_drift=float(1 - (intersection / union).mean()), track=track)
@@ -106,19 +106,19 @@ def measure(clip, fps):
 def likeness(clip, name):
     """How much of a subject a clip (T, H, W, 3) uint8 shows: 1 for its true look, about 0 for none of it.
 
-    A frame's score is that of its best match over place, size and turn. A look that is as far from the
-    subject as the bare ground scores 0. So does a look that is farther.
+    A frame's score is that of its best match over position, size and turn. A frame that is no nearer to the
+    subject there than the ground alone scores 0.
     """
     bank, look, clip = subject_sprites(name), SUBJECTS[name][1], clip / 255
     _, ground = find_ground(clip)
-    pictures, colours = shrunk(clip, ground), np.array([look.colour, look.second])
-    gains, _ = bank.search(pictures, colours)
-    n = int(gains.sum(1).argmax())
-    gains, places = bank.search(pictures, colours, first=slice(n, n + 1))
-    # A star that is turned from point to point looks alike, so the other frames' gains count as well.
-    best = (gains + gains.mean(1, keepdim=True)).argmax(0)
+    terms, colours = gain_terms(clip, ground), np.array([look.colour, look.second])
+    gains, _ = bank.search(terms, colours)
+    best = int(gains.sum(1).argmax())
+    gains, places = bank.search(terms, colours, first=slice(best, best + 1))
+    # A star turned by one point looks much the same, so a frame's sprite should suit the other frames too.
+    best_by_frame = (gains + gains.mean(1, keepdim=True)).argmax(0)
     scores = []
-    for t, n in enumerate(best):
+    for t, n in enumerate(best_by_frame):
         scene, place, _, _ = fit(clip[t:t + 1], ground, bank.scenes[n], places[n, t:t + 1], colours)
         _, cover, body = sprite_body(replace(scene, look=look), place)
         error = (cover[..., None] * (clip[t] - body) ** 2).sum()
@@ -128,10 +128,10 @@ def likeness(clip, name):
 
 
 def find_ground(clip):
-    """clip (T, H, W, 3) in [0, 1] -> name, ground (H, W, 3). The name is empty where few pixels agree."""
+    """clip (T, H, W, 3) in [0, 1] -> name, ground (H, W, 3). The name is empty if too few pixels agree."""
     places = list(product(GROUNDS, range(TEXTURES)))
     grounds = [draw_ground(*place) for place in places]
-    some = clip[:, ::2, ::2]  # a quarter of the pixels says enough
+    some = clip[:, ::2, ::2]  # a quarter of the pixels is enough
     differences = [np.median(np.abs(some - ground[::2, ::2]).mean(-1)) for ground in grounds]
     nearest = int(np.argmin(differences))
     return (places[nearest][0] if differences[nearest] < AGREES else ""), grounds[nearest]
@@ -142,28 +142,28 @@ def find_ground(clip):
 
 
 def find_sprite(clip, ground):
-    """The sprite that explains a clip (T, H, W, 3) in [0, 1] best -> scene, track (T, 2), colours (T, 2, 3).
+    """The sprite that best explains a clip (T, H, W, 3) in [0, 1] -> scene, track (T, 2), colours (T, 2, 3).
 
-    Also returns outlines (T, k, k). Each frame has that of its own best sprite, which may change from frame
-    to frame: the world's own clips have a shape drift of 0.03 after the VAE.
+    Also returns outlines (T, k, k). Each is that of the bank's best sprite for one frame alone, which may
+    change from frame to frame, so even the world's own clips have some shape drift.
     """
-    bank, pictures = open_sprites(), shrunk(clip, ground)
-    gains, places = bank.search(pictures)
+    bank, terms = all_sprites(), gain_terms(clip, ground)
+    gains, places = bank.search(terms)
     total = gains.sum(1)
     upright = torch.tensor([abs(scene.angle) < UPRIGHT for scene in bank.scenes])
 
-    # Sprites of different shapes can look alike once turned, so the best few are fitted before one is chosen.
+    # Sprites of different shapes can look alike once turned, so fit the best few before choosing one.
     fits = []
     for group in (upright, ~upright):
-        best = {}   # shape, pattern -> the best sprite's number
+        best = {}   # shape, pattern -> number of the best sprite, which comes last
         for n in total.argsort().tolist():
             if group[n]:
                 best[bank.scenes[n].shape, bank.scenes[n].look.pattern] = n
         for n in sorted(best.values(), key=lambda n: total[n])[-3:]:
-            # This sprite is looked for everywhere, because the bank's first places can be far from its own.
-            gain, place = bank.search(pictures, first=slice(n, n + 1), then=slice(n, n + 1))
-            track = np.where((gain[0] > gains[n])[:, None], place[0], places[n])
-            scene, _, _, error = fit(clip[::3], ground, bank.scenes[n], track[::3])   # some frames suffice
+            # Search for this sprite everywhere, because the bank searched only near the places of the others.
+            own_gain, own_place = bank.search(terms, first=slice(n, n + 1), then=slice(n, n + 1))
+            track = np.where((own_gain[0] > gains[n])[:, None], own_place[0], places[n])
+            scene, _, _, error = fit(clip[::3], ground, bank.scenes[n], track[::3])   # a third suffices
             fits.append((error, scene, track, group))
     _, scene, track, group = min(fits, key=lambda result: result[0])
     scene, track, colours, _ = fit(clip, ground, scene, track)
@@ -173,26 +173,26 @@ def find_sprite(clip, ground):
 def fit(clip, ground, scene, track, colours=None):
     """Moves, sizes and turns a scene's sprite until its drawing comes nearest to a clip (T, H, W, 3).
 
-    The clip is in [0, 1], and track (T, 2) is where to begin. Size and turn are the same in all frames.
-    Colours (2, 3) are given or, if None, fitted in each frame. Pixels where a face may be do not count.
-    Returns scene, track, colours (T, 2, 3) and the mean squared error.
+    The clip is in [0, 1], and track (T, 2) is the start. Size and turn are the same in all frames. Colours
+    (2, 3) are given or, if None, fitted in each frame (T, 2, 3). Pixels where a face may be do not count.
+    Returns scene, track, colours and the squared error per pixel.
     """
     T = len(clip)
     for step in range(STEPS + 1):
-        shadow, cover, bare, weights = sprite_parts(scene, track)
+        shadow, cover, valid, weights = sprite_parts(scene, track)
         behind = ((1 - cover) * (1 - shadow))[..., None] * ground
         w = (cover * weights).reshape(2, T, -1).transpose(1, 2, 0)                      # (T, H*W, 2)
         c = colours
         if colours is None:
-            w_t = (bare.reshape(T, -1, 1) * w).transpose(0, 2, 1)
+            w_t = (valid.reshape(T, -1, 1) * w).transpose(0, 2, 1)
             c = np.linalg.solve(w_t @ w + RIDGE * np.eye(2), w_t @ (clip - behind).reshape(T, -1, 3))
         drawn = behind + (w @ c).reshape(clip.shape)
-        residual = bare[..., None] * (clip - drawn)
+        residual = valid[..., None] * (clip - drawn)
         if step == STEPS:
-            return scene, track, c, (residual ** 2).sum() / bare.sum()
+            return scene, track, c, (residual ** 2).sum() / valid.sum()
 
-        # How the drawing changes if the sprite moves right, moves down, grows, or turns. Each of them shifts
-        # the sprite's pixels, so the change follows from the picture's gradient.
+        # J is how the drawing changes if the sprite moves right, moves down, grows or turns, each by a pixel.
+        # All of these shift the sprite's pixels over the ground, so J follows from the gradient.
         dy, dx = np.gradient(drawn - ground, axis=(1, 2))
         x, y = (X - track[:, 0, None, None])[..., None], (Y - track[:, 1, None, None])[..., None]
         r = scene.radius
@@ -200,24 +200,24 @@ def fit(clip, ground, scene, track, colours=None):
         J_t = J.transpose(0, 2, 1)
         change = np.linalg.solve(J_t @ J + 1e-3 * np.eye(4), J_t @ residual.reshape(T, -1, 1))[..., 0]
         change = change.clip(-1, 1)                                                     # (T, 4), pixels
-        larger, turned = np.median(change[:, 2:], axis=0)
+        growth, turn = np.median(change[:, 2:], axis=0)
         track = track + change[:, :2]
-        scene = replace(scene, radius=r + larger, angle=scene.angle + turned / r)
+        scene = replace(scene, radius=r + growth, angle=scene.angle + turn / r)
 
 
 def sprite_parts(scene, centres):
-    """A sprite at centres (T, 2) -> shadow, cover, bare (T, H, W); weights (2, T, H, W) of the two colours.
+    """A sprite at centres (T, 2) -> shadow, cover, valid (T, H, W); weights (2, T, H, W) of its colours.
 
-    Bare is 0 where a face may be, else 1.
+    The shadow is the share by which the ground is darkened. valid is 0 where a face may be, otherwise 1.
     """
     u, v, shadow, cover, light = sprite_geometry(scene.shape, scene.radius, scene.angle, centres)
     second = pattern_cover(scene.look.pattern, u, v, scene.radius)
-    bare = sum(face for face, _ in face_parts(u, v, scene.radius)) == 0
-    return 0.25 * shadow, cover, bare.astype(np.float32), np.stack([light * (1 - second), light * second])
+    valid = sum(part for part, _ in face_parts(u, v, scene.radius)) == 0
+    return 0.25 * shadow, cover, valid.astype(np.float32), np.stack([light * (1 - second), light * second])
 
 
 class SpriteBank:
-    """Sprites to look for: a list of (shape, pattern, radius, angle). Every `step`-th is looked for first."""
+    """Sprites to search for, each (shape, pattern, radius, angle). Every `step`-th is tried everywhere."""
 
     def __init__(self, sprites, step):
         self.few = slice(None, None, step)
@@ -227,35 +227,35 @@ class SpriteBank:
         inner = slice(SIZE // 2 - SHRINK * REACH, SIZE // 2 + SHRINK * REACH)
         parts = []
         for scene in self.scenes:
-            _, cover, bare, weights = sprite_parts(scene, [(SIZE / 2, SIZE / 2)])
-            parts.append(np.concatenate([cover, bare * cover, *(bare * cover * weights)])[:, inner, inner])
+            _, cover, valid, weights = sprite_parts(scene, [(SIZE / 2, SIZE / 2)])
+            parts.append(np.concatenate([cover, valid * cover, *(valid * cover * weights)])[:, inner, inner])
         parts = F.avg_pool2d(torch.from_numpy(np.stack(parts)).float(), SHRINK)
         self.cover = parts[:, 0]                                                        # (N, k, k)
         self.m, mw_1, mw_2 = parts[:, 1:].flatten(2).unbind(1)                          # (N, K) each
         self.mw = torch.stack([mw_1, mw_2], 1)                                          # (N, 2, K)
         self.mww = torch.stack([mw_1 ** 2, mw_1 * mw_2, mw_2 ** 2], 1) / self.m[:, None].clamp(min=1e-6)
 
-    def search(self, pictures, colours=None, first=None, then=slice(None)):
-        """pictures, see `shrunk` -> gains (N, T) and places (N, T, 2), the centres (x, y), of sprites `then`.
+    def search(self, terms, colours=None, first=None, then=slice(None)):
+        """terms, see `gain_terms` -> gains (N, T) and centres (x, y), (N, T, 2), of the sprites `then`.
 
-        The sprites `first`, by default a few of the bank, are looked for everywhere. The sprites `then`, by
-        default all, are looked for near the median of the places of the best nine of these.
+        The sprites `first`, by default every `step`-th, are tried everywhere. The sprites `then`, by default
+        all, are tried only near the median place of the best nine of `first` in each frame.
         """
-        padded, everywhere = pictures
+        padded, everywhere = terms
         gain = self.gain(everywhere, colours, first or self.few)
         best = gain.amax(2).sum(1).argsort(descending=True)[:9]
         centres = COARSE * places_of(gain[best].argmax(2), SIZE // SHRINK // COARSE + 1).median(0).values
         corners = centres.clamp(NEAR, SIZE // SHRINK - NEAR) - NEAR                     # (T, 2)
         side = 2 * (REACH + NEAR)
         near = [frame[:, y:y + side, x:x + side] for frame, (x, y) in zip(padded, corners.tolist())]
-        gains, index = self.gain(patches(torch.stack(near), 1), colours, then).max(2)
+        gains, index = self.gain(cut_patches(torch.stack(near), 1), colours, then).max(2)
         return gains, (SHRINK * (corners + places_of(index, 2 * NEAR + 1))).double().numpy()
 
     def gain(self, patches, colours, chosen):
-        """patches (5, K, T, M), see `shrunk` -> gains (N, T, M) of the chosen sprites."""
-        surplus, image, inside = patches.flatten(2).split((1, 3, 1))
+        """patches (5, K, T, M) of `gain_terms` -> gains (N, T, M) of the chosen sprites."""
+        if_black, image, inside = patches.flatten(2).split((1, 3, 1))
         m, mw, mww = self.m[chosen], self.mw[chosen], self.mww[chosen]
-        gain = m @ surplus[0]                                                           # (N, T*M)
+        black_gain = m @ if_black[0]                                                    # (N, T*M)
         b = (mw.flatten(0, 1) @ image).unflatten(1, (-1, 2))                            # (3, N, 2, T*M)
         a = (mww.flatten(0, 1) @ inside[0]).unflatten(0, (-1, 3))                       # (N, 3, T*M)
         b_1, b_2, a_11, a_12, a_22 = *b.unbind(2), *a.unbind(1)
@@ -265,38 +265,38 @@ class SpriteBank:
             c_1, c_2 = (r_22 * b_1 - a_12 * b_2) / det, (r_11 * b_2 - a_12 * b_1) / det
         else:
             c_1, c_2 = torch.tensor(colours, dtype=torch.float32).view(2, 3, 1, 1)
-        of_colours = 2 * (b_1 * c_1 + b_2 * c_2) - c_1 ** 2 * a_11 - 2 * c_1 * c_2 * a_12 - c_2 ** 2 * a_22
-        return (gain + of_colours.sum(0)).unflatten(1, patches.shape[2:])
+        colour_gain = 2 * (b_1 * c_1 + b_2 * c_2) - c_1 ** 2 * a_11 - 2 * c_1 * c_2 * a_12 - c_2 ** 2 * a_22
+        return (black_gain + colour_gain.sum(0)).unflatten(1, patches.shape[2:])
 
 
-def shrunk(clip, ground):
-    """All that gains depend on: (I - G)^2 - I^2, I, and ones. Around them are zeros, for sprites that leave.
+def gain_terms(clip, ground):
+    """clip (T, H, W, 3), ground (H, W, 3), in [0, 1] -> pictures (T, 5, H/2 + k, W/2 + k), coarse patches.
 
-    clip (T, H, W, 3), ground (H, W, 3), in [0, 1] -> pictures (T, 5, h + k, w + k); patches at coarse places.
+    The channels are (I - G)^2 - I^2, the gain of black; I; and ones. Zeros around them let sprites leave.
     """
     I, G = (F.avg_pool2d(torch.tensor(x).float().movedim(-1, -3), SHRINK) for x in (clip, ground))
-    surplus = ((I - G) ** 2 - I ** 2).sum(1, keepdim=True)
-    padded = F.pad(torch.cat([surplus, I, torch.ones_like(surplus)], 1), (REACH,) * 4)
-    return padded, patches(padded, COARSE)
+    if_black = ((I - G) ** 2 - I ** 2).sum(1, keepdim=True)
+    padded = F.pad(torch.cat([if_black, I, torch.ones_like(if_black)], 1), (REACH,) * 4)
+    return padded, cut_patches(padded, COARSE)
 
 
-def patches(pictures, stride):
+def cut_patches(pictures, stride):
     """(T, 5, rows, columns) -> (5, K, T, M), the patches at every stride-th place."""
     T = len(pictures)
-    found = F.unfold(pictures.flatten(0, 1)[:, None], 2 * REACH, stride=stride)
-    return found.unflatten(0, (T, 5)).permute(1, 2, 0, 3).contiguous()
+    patches = F.unfold(pictures.flatten(0, 1)[:, None], 2 * REACH, stride=stride)       # (T*5, K, M)
+    return patches.unflatten(0, (T, 5)).permute(1, 2, 0, 3).contiguous()
 
 
 def places_of(index, columns):
-    """Numbers of places that are counted row by row -> (..., 2), the places (x, y)."""
+    """Indices of places, counted row by row -> (..., 2), the places (x, y)."""
     return torch.stack([index % columns, index // columns], -1)
 
 
 @lru_cache
-def open_sprites():
-    """The bank of every shape and pattern. The steps between upright sprites are finer."""
-    # A plain sprite needs no entry: any pattern in two equal colours is plain. A circle or a square needs no
-    # more than half a turn, after which at most the two colours are swapped.
+def all_sprites():
+    """The bank of all shapes and patterns. The angles of nearly upright sprites are closer together."""
+    # A plain sprite needs no entry, because any pattern in two equal colours is plain. Circles and squares
+    # need angles of half a turn only, because the other half can at most swap the two colours.
     upright, turned = np.linspace(-0.36, 0.36, 7), np.arange(0.54, 5.8, 0.25)
     sprites = []
     for shape, pattern, radius in product(SHAPES, PATTERNS[1:], (15.5, 17.5, 20)):
@@ -318,7 +318,7 @@ def subject_sprites(name):
 
 
 def pixel_features(clip):
-    """(T, H, W, 3) uint8 -> (T, H * W * 3): less the clip's mean colour, then of length 1 each."""
+    """(T, H, W, 3) uint8 -> (T, H * W * 3): each frame less the clip's mean colour, scaled to length 1."""
     frames = torch.from_numpy(clip).float()
     return F.normalize((frames - frames.mean(dim=(0, 1, 2))).flatten(1), dim=1)
 

@@ -1,12 +1,12 @@
-"""Trains the embedded base from nothing: the VAE on pictures of the world, then text and UNet on its clips.
+"""Trains the embedded base from scratch: the VAE on pictures of the world, then text and UNet on its clips.
 
     python toy/pretrain.py                  # all stages, hours on 2 CPU cores; the same command resumes
     python toy/pretrain.py --stage vae      # one stage: vae, latents, unet, export
-    torchrun --nproc_per_node 2 toy/pretrain.py      # work shared by processes: faster on CPU cores too
+    torchrun --nproc_per_node 2 toy/pretrain.py      # shares the work, which is faster on CPU cores too
 
 Each stage keeps its state in --out (runs/pretrain). `export` writes the base folder, OUT/base unless --base
-names another. The classes are VideoCrafter2's, and so is the task: noise prediction with captions that drop
-out. CONFIG's numbers are small, and its `latent_std` gives Eq. 1 the weights of v-prediction.
+names another. The classes are VideoCrafter2's, and so is the task: noise prediction with caption
+dropout. CONFIG's numbers are small, and its `latent_std` gives Eq. 1 the weights of v-prediction.
 
 Shapes: N pictures, B clips, T frames, L text tokens; pictures (N, 3, 64, 64), latents z (B, 4, T, 8, 8).
 """
@@ -70,7 +70,7 @@ def main():
 
 
 class SampledVAE(VAE):
-    """The VAE with what its training does in one call: encode, draw a latent, decode."""
+    """The VAE, whose forward pass in training is one call: encode, draw a latent, decode."""
 
     def forward(self, x):
         """x (N, 3, H, W) in [-1, 1] -> y like x; the latent's mean and log-variance (N, 4, H/8, W/8)."""
@@ -82,7 +82,7 @@ class SampledVAE(VAE):
 def train_vae(args, process):
     """Reconstruction, and a weak pull of the latent's distribution towards N(0, 1), as in AutoencoderKL."""
     batch, kl_weight = 16, 1e-6
-    torch.manual_seed(process.rank)  # noise of its own for each process; all start from rank 0's weights
+    torch.manual_seed(process.rank)  # each process draws its own noise; all start from rank 0's weights
     vae = SampledVAE(CONFIG.vae).to(process.device, memory_format=torch.channels_last)
     run = Run("vae", args.out, process, vae, lr=1.5e-3, scales={vae: 1}, steps=args.vae_steps)
     if run.step >= run.steps:
@@ -102,9 +102,9 @@ def train_vae(args, process):
 
 
 def draw_pictures(count):
-    """-> (N, 64, 64, 3) uint8: a third from the world, the others sprites of any colour, size and turn.
+    """-> (N, 64, 64, 3) uint8: a third from the world, the others sprites of random colour, size and turn.
 
-    Like VideoCrafter2's, this VAE has to code pictures that its UNet never saw, such as a subject's.
+    Like VideoCrafter2's, this VAE has to encode pictures that its UNet never saw, such as a subject's.
     """
     rng = np.random.default_rng(1)
     pictures = []
@@ -125,14 +125,14 @@ def draw_pictures(count):
 
 
 def training_scenes(count):
-    """-> the scenes that text tower and UNet are trained on, a list. A larger count only adds scenes."""
+    """-> list of the scenes that text tower and UNet are trained on. A larger count only adds scenes."""
     rng = np.random.default_rng(3)
     return [random_scene(rng) for _ in range(count)]
 
 
 @torch.no_grad()
 def encode_clips(args, process):
-    """Draws --clips clips. Keeps their latents (B, T, 4, 8, 8), float16, and their standard deviation."""
+    """Draws --clips clips. Saves their latents (B, T, 4, 8, 8) in float16, with the standard deviation."""
     path, batch = args.out / "latents.safetensors", 32
     if path.exists():
         return
@@ -149,7 +149,7 @@ def encode_clips(args, process):
             mean, _ = vae.moments(x.contiguous(memory_format=torch.channels_last))
         latents[first:first + batch] = mean.unflatten(0, (-1, FRAMES)).half()
     if process.world > 1:
-        dist.all_reduce(latents)  # in all processes but one a clip's latents are 0, so the sum has all clips
+        dist.all_reduce(latents)  # a clip's latents are 0 on all processes but one, so the sum has all
     if process.rank == 0:
         latents = latents.cpu()
         with atomic_write(path) as temporary:
@@ -169,13 +169,13 @@ class NoisePredictor(nn.Module):
 
     def forward(self, z_t, t, fps, tokens):
         """z_t (B, 4, T, h, w), t (B,), fps (B,), tokens (B, L) -> eps (B, 4, T, h, w)"""
-        # Of PyTorch's ways to attend, the plain product is the fastest where sequences are as short as here.
+        # Plain matrix products are PyTorch's fastest attention on sequences as short as these.
         with sdpa_kernel(SDPBackend.MATH):
             return self.unet(z_t, t, fps, self.text_encoder(tokens))
 
 
 def train_unet(args, process):
-    """Eq. 1 on single frames and clips: at first three of four steps are on frames, later one.
+    """Eq. 1 on single frames and clips: at first three in four steps are on frames, later one in four.
 
     A step on 64 frames is cheaper than one on 16 clips, and shows four times as many looks with their names.
     """
@@ -185,11 +185,11 @@ def train_unet(args, process):
     scenes = training_scenes(len(latents))
     schedule, tokenizer = NoiseSchedule(CONFIG.schedule), Tokenizer()
     network = NoisePredictor().to(process.device)
-    network.eval()  # no dropout: there is more data than so small a network can learn by heart
-    # Words have to outweigh what a narrow tower's own layers add to them.
+    network.eval()  # no dropout: there is more data than so small a network can memorise
+    # The embeddings of words have to outweigh the updates that a narrow tower's layers add to them.
     nn.init.normal_(network.text_encoder.token_embedding.weight, std=0.5)
     nn.init.normal_(network.text_encoder.positional_embedding, std=0.2)
-    # A fast tower would soon tell only what single frames need, so the UNet would never learn the directions.
+    # The tower learns slowly, as it would otherwise lose the directions, which single frames do not need.
     run = Run("unet", args.out, process, network, lr=1e-3,
               scales={network.unet: 1, network.text_encoder: 0.1}, steps=args.image_steps + args.clip_steps)
     w = loss_weights(CONFIG, schedule).to(process.device)
@@ -206,7 +206,7 @@ def train_unet(args, process):
 
 
 def draw_batch(scenes, latents, step, single):
-    """-> z_0 (B, 4, T, 8, 8), t (B,), fps (B,), eps like z_0, and B captions. All follow from `step`.
+    """-> z_0 (B, 4, T, 8, 8), t (B,), fps (B,), eps like z_0, and B captions, all seeded by `step`.
 
     With `single`, T is 1, and the captions name no direction.
     """
@@ -216,10 +216,10 @@ def draw_batch(scenes, latents, step, single):
     if single:
         frame = torch.from_numpy(rng.integers(FRAMES, size=len(chosen)))
         z_0 = z_0[torch.arange(len(chosen)), :, frame][:, :, None]
-    described = [replace(scenes[k], direction="") if single else scenes[k] for k in chosen]
-    captions = [caption(scene, rng) for scene in described]
-    fps = torch.tensor([scene.fps for scene in described])
-    # Half of the levels are drawn from the noisiest 60% alone: look, layout and motion are decided there.
+    batch_scenes = [replace(scenes[k], direction="") if single else scenes[k] for k in chosen]
+    captions = [caption(scene, rng) for scene in batch_scenes]
+    fps = torch.tensor([scene.fps for scene in batch_scenes])
+    # Half of the levels are drawn from the noisiest 60%, where look, layout and motion are decided.
     any_level = rng.integers(NOISE_LEVELS, size=len(chosen))
     noisy_level = 4 * NOISE_LEVELS // 10 + 6 * any_level // 10
     t = torch.from_numpy(np.where(rng.random(len(chosen)) < 1 / 2, any_level, noisy_level))
@@ -232,13 +232,13 @@ def draw_batch(scenes, latents, step, single):
 
 
 def export(args, process):
-    """The averaged weights become a base folder, which appears whole."""
+    """Writes the averaged weights as a base folder, which is complete once its config.json appears."""
     if process.rank > 0:
         return
     predictor = load_average(NoisePredictor(), args.out / "unet.pt")
     networks = {"unet": predictor.unet, "text_encoder": predictor.text_encoder,
                 "vae": load_average(build_part("vae", CONFIG), args.out / "vae.pt")}
-    # Words that no caption has were never trained. Their random rows become 0, so these words mean nothing.
+    # Words that are in no caption were never trained. Set their random embeddings to 0, so they mean nothing.
     captions = [caption(scene) for scene in training_scenes(2000)]
     untrained = torch.ones(len(predictor.text_encoder.token_embedding.weight), dtype=torch.bool)
     untrained[Tokenizer()(captions).unique()] = False
@@ -280,7 +280,7 @@ def load_average(network, path):
 class Run:
     """Optimizer with warm-up and a decay at the end, moving average of the weights, saves, progress.
 
-    `model` is what the training calls: the network, under torchrun in DistributedDataParallel.
+    The training calls `model`, which is the network, under torchrun wrapped in DistributedDataParallel.
     """
     EMA, SAVE_EVERY = 0.998, 200
     SAVED = ("network", "average", "optimizer")
@@ -306,7 +306,7 @@ class Run:
 
     @classmethod
     def mix(cls, average, new, n):
-        """The n-th average. The first ones span about n / 9 steps, so the random start is forgotten."""
+        """The n-th average. Early ones span only about n / 9 steps, so the random start is forgotten."""
         return average + max(1 - cls.EMA, 9 / (10 + n)) * (new - average)
 
     def optimize(self, loss, metrics):
@@ -342,19 +342,19 @@ STAGES = {"vae": train_vae, "latents": encode_clips, "unet": train_unet, "export
 # Name -> default, and the help text.
 SIZES = {"vae_steps": (9000, "steps of the VAE on 16 pictures"),
          "clips": (16000, "clips that are drawn and encoded once"),
-         "image_steps": (3000, "first steps of the UNet, three of four on 64 single frames"),
-         "clip_steps": (14000, "further steps of the UNet, three of four on 16 clips")}
+         "image_steps": (3000, "first steps of the UNet, three in four on 64 single frames"),
+         "clip_steps": (14000, "further steps of the UNet, three in four on 16 clips")}
 
 
 def parse_args():
     p = FlagParser(description="Pre-train the embedded base.")
     p.add_argument("--stage", choices=["all", *STAGES], default="all",
-                   help="what to do, which needs the files of the stages before it (default: %(default)s)")
+                   help="stage to run, which needs the files of the earlier ones (default: %(default)s)")
     p.add_argument("--out", type=Path, default=Path("runs/pretrain"),
                    help="folder for every stage's state (default: %(default)s)")
-    p.add_argument("--base", type=Path, help="folder that the base is written to (default: OUT/base)")
+    p.add_argument("--base", type=Path, help="folder to write the base into (default: OUT/base)")
     p.add_argument("--precision", choices=["float32", "bfloat16"], default="float32",
-                   help="of the products; bfloat16 takes half the time on a processor that has it "
+                   help="of the matrix products; bfloat16 takes half the time on CPUs that support it "
                         "(default: %(default)s)")
     for name, (default, text) in SIZES.items():
         p.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: %(default)s)")

@@ -1,13 +1,13 @@
-"""The embedded base's world: 64x64 clips of one shaded sprite that moves over a textured ground; captions.
+"""The embedded base's world: captioned 64x64 clips of a shaded sprite that moves over a textured ground.
 
     python toy/world.py     # draws samples into outputs/world.png, the subjects' photos into toy/subjects/
 
-A sprite is plain or has a pattern of two colours. It has a face or none. A caption names some of that and
+A sprite is plain or has a pattern of two colours, and it may have a face. A caption names a part of this and
 leaves the rest open.
 
-Every clip moves, whether or not its caption says so. A picture that stands still appears as a single frame
-only. VideoCrafter2 too was trained on moving clips and single pictures. So clips that repeat a photo are new
-to this base, as to VideoCrafter2.
+Every clip moves, whether or not its caption mentions it, and still pictures appear only as single frames.
+VideoCrafter2 was also trained on moving clips and single pictures, so a clip that repeats a photo is as new
+to this base as to VideoCrafter2.
 
 Lengths are in pixels, angles in radians, colours are RGB in [0, 1]. Image coordinates: y grows downwards.
 Shapes: T frames, height H and width W; clips (T, H, W, 3) uint8.
@@ -21,18 +21,18 @@ from PIL import Image
 
 SIZE = 64      # height and width
 TEXTURES = 4   # pictures of each ground
-FRAMES = 8     # of a clip
+FRAMES = 8     # frames of a clip
 SPEED = 26.0   # pixels per second: in 8 frames at 8 frames per second a sprite travels 23 pixels
 
 SHAPES = ("circle", "square", "triangle", "star", "heart")
-PATTERNS = ("plain", "striped", "split", "ringed")   # as captions say it; nobody says "plain"
+PATTERNS = ("plain", "striped", "split", "ringed")   # the words of captions, which omit "plain"
 COLOURS = {"red": (0.86, 0.16, 0.16), "orange": (0.96, 0.52, 0.10), "yellow": (0.96, 0.80, 0.12),
            "green": (0.18, 0.72, 0.20), "blue": (0.16, 0.36, 0.90), "purple": (0.58, 0.22, 0.76),
            "pink": (0.97, 0.58, 0.74), "white": (0.95, 0.95, 0.95), "black": (0.12, 0.12, 0.14)}
 GROUNDS = {"grass": (0.42, 0.58, 0.34), "sand": (0.80, 0.68, 0.48), "sea": (0.30, 0.56, 0.66),
            "night": (0.13, 0.14, 0.26), "snow": (0.80, 0.84, 0.90)}
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-WHITE, BLACK = (1.0, 1.0, 1.0), (0.05, 0.05, 0.1)   # of a face
+WHITE, BLACK = (1.0, 1.0, 1.0), (0.05, 0.05, 0.1)   # a face's colours
 
 
 def main():
@@ -77,7 +77,7 @@ class Scene:
     texture: int = 0                     # which of the ground's TEXTURES
 
 
-# Text tower and UNet know a subject's shape. They never see its pattern in colours near these two (held_out).
+# The text tower and the UNet know each subject's shape, but not its pattern in such colours (see `held_out`).
 # name -> (class word, look)
 SUBJECTS = {
     "ember": ("star", Look((0.98, 0.55, 0.10), (0.62, 0.08, 0.10), "split", face=True)),
@@ -89,7 +89,7 @@ SUBJECTS = {
 
 
 def difference(colour, other):
-    """The largest difference of two colours in any channel."""
+    """The largest difference between two colours in any channel."""
     return np.abs(np.subtract(colour, other)).max()
 
 
@@ -100,21 +100,21 @@ def colour_name(rgb):
 
 def colour_words(look):
     """"red", or "red and white" for two colours."""
-    names = colour_name(look.colour)
-    return f"{names} and {colour_name(look.second)}" if look.second else names
+    name = colour_name(look.colour)
+    return f"{name} and {colour_name(look.second)}" if look.second else name
 
 
 def held_out(shape, look, ground, direction):
     """Whether text tower and UNet never see this: one combination in ten, and every look near a subject's.
 
-    Near are looks of the same pattern with both colours within 0.25 in every channel. The VAE's pictures have
+    A look is near if it has the same pattern, and both colours within 0.25 in every channel. The VAE sees
     looks of all kinds.
     """
     for _, subject in SUBJECTS.values():
         if (look.pattern == subject.pattern and difference(look.colour, subject.colour) < 0.25
                 and difference(look.second, subject.second) < 0.25):
             return True
-    # Any fixed mixing would do that leaves every word in some combination for training.
+    # Any fixed rule would do that leaves each word in some combinations for training.
     number = (SHAPES.index(shape) + PATTERNS.index(look.pattern)
               + list(COLOURS).index(colour_name(look.colour)) + 3 * list(GROUNDS).index(ground)
               + 7 * list(DIRECTIONS).index(direction))
@@ -132,16 +132,16 @@ def random_look(rng):
 
 
 def random_scene(rng, unseen=False):
-    """numpy Generator -> Scene. With `unseen` all scenes are held-out combinations, without it none is."""
+    """numpy Generator -> Scene. A held-out combination if `unseen`, and otherwise never one."""
     while True:
         shape, look = str(rng.choice(SHAPES)), random_look(rng)
         ground, direction = str(rng.choice(list(GROUNDS))), str(rng.choice(list(DIRECTIONS)))
         if held_out(shape, look, ground, direction) == unseen:
             break
     fps = int(rng.choice([6, 8, 8, 8, 12]))
-    # A sprite starts somewhat behind the middle, and heads out. If every path were centred, a clip played
-    # backwards would be as likely as the clip, and no network would learn the order of frames before it knew
-    # the captions' words.
+    # A sprite starts a little behind the middle and ends farther beyond it. If paths were centred, a clip and
+    # its reverse would be equally likely, and no network could learn the order of frames before it knew the
+    # captions' words.
     behind = 0.3 * SPEED / fps * (FRAMES - 1) * np.array(DIRECTIONS[direction])
     start = tuple(SIZE / 2 + rng.uniform(-5, 5, 2) - behind)
     return Scene(shape, look, ground, direction, start, radius=rng.uniform(15, 18),
@@ -151,30 +151,30 @@ def random_scene(rng, unseen=False):
 def caption(scene, rng=None):
     """Scene -> "a smiling red and white striped star moving left on the grass".
 
-    With a generator words drop out, even all of them.
+    With a generator, words are dropped at random, and sometimes all of them.
     """
-    def kept(probability):
+    def keep(probability):
         return rng is None or rng.random() < probability
 
-    if not kept(0.9):
+    if not keep(0.9):
         return ""
     text = "a"
-    if scene.look.face and kept(0.7):
+    if scene.look.face and keep(0.7):
         text += " smiling"
-    if kept(0.7):
+    if keep(0.7):
         text += f" {colour_words(scene.look)}"
-    if scene.look.second and kept(0.7):
+    if scene.look.second and keep(0.7):
         text += f" {scene.look.pattern}"
     text += f" {scene.shape}"
-    if scene.direction and kept(0.85):
+    if scene.direction and keep(0.85):
         text += f" moving {scene.direction}"
-    if kept(0.85):
+    if keep(0.85):
         text += f" on the {scene.ground}"
     return text
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Drawing. Pictures are (H, W, 3) floats, about in [0, 1]; draw_clip clips them. u and v are a sprite's own
+# Drawing. Pictures are (H, W, 3) floats, roughly in [0, 1]; draw_clip clips them. u and v are a sprite's own
 # coordinates, in units of its radius.
 
 Y, X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5  # the pixels' centres, (H, W) each
@@ -204,7 +204,7 @@ def draw_ground(name, texture):
 
 
 def polygon_distance(u, v, corners):
-    """Signed distance of the points (u, v) to a polygon with corners (N, 2), negative inside."""
+    """Signed distance from the points (u, v) to a polygon with corners (N, 2), negative inside."""
     nearest, inside = np.full(u.shape, np.inf), np.zeros(u.shape, bool)
     for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, axis=0)):
         ex, ey = bx - ax, by - ay
@@ -216,7 +216,7 @@ def polygon_distance(u, v, corners):
 
 
 def corners_around(radii, degrees, down):
-    """Corners (N, 2) at radii and angles around a centre that lies `down` below the sprite's."""
+    """Corners (N, 2) at these radii and angles around a point that lies `down` below the sprite's centre."""
     a = np.deg2rad(degrees)
     return np.stack([radii * np.cos(a), radii * np.sin(a) + down], axis=1)
 
@@ -232,7 +232,7 @@ CORNERS = {"triangle": corners_around(0.95, [-90, 30, 150], 0.12), "heart": hear
 
 
 def shape_distance(shape, u, v):
-    """Signed distance of the points (u, v) to a shape's outline, all in units of the shape's radius."""
+    """Signed distance from the points (u, v) to a shape's outline, all in units of the shape's radius."""
     if shape == "circle":
         return np.hypot(u, v) - 0.9
     if shape == "square":
@@ -243,12 +243,12 @@ def shape_distance(shape, u, v):
 
 
 def soft_edge(distance, radius):
-    """Distance in radii, radius in pixels -> 1 where the distance is positive, else 0; a pixel-wide edge."""
+    """Distance in radii, radius in pixels -> 1 where positive, otherwise 0, with an edge one pixel wide."""
     return np.clip(distance * radius + 0.5, 0, 1)
 
 
 def pattern_cover(pattern, u, v, radius):
-    """Where the second colour is: 0 to 1 at the points (u, v)."""
+    """The second colour's share, 0 to 1, at the points (u, v)."""
     if pattern == "striped":
         return soft_edge(np.abs((u * 1.25 + 0.25) % 1 - 0.5) - 0.25, radius)
     if pattern == "split":
@@ -259,7 +259,7 @@ def pattern_cover(pattern, u, v, radius):
 
 
 def face_parts(u, v, radius):
-    """-> list of (cover, 0 to 1, at the points (u, v); its colour). Later parts lie over earlier parts."""
+    """-> list of (cover at the points (u, v), 0 to 1; colour). Later parts are painted over earlier ones."""
     parts = []
     for eye in (-0.27, 0.27):
         parts.append((soft_edge(0.22 - np.hypot(u - eye, v + 0.12), radius), WHITE))
@@ -283,8 +283,8 @@ def paint(look, u, v, radius):
 def sprite_geometry(shape, radius, angle, centres):
     """A sprite at centres (T, 2) -> u, v, shadow, cover and light, each (T, H, W).
 
-    Shadow and cover are in [0, 1]. Light counts under the cover only, where it is at most 1.02: it comes from
-    the upper left, and the body has a dark rim.
+    Shadow and cover are in [0, 1]. Light, at most 1.02, matters only under the cover; it comes from the upper
+    left and leaves the body a dark rim.
     """
     cx, cy = np.float32(centres).T[:, :, None, None]
     c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
