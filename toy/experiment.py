@@ -443,7 +443,7 @@ EXPERIMENTS = {
     "base": (measure_base, 256, 1),
     "decided": (measure_decision, 64, 1),
     "claim": (measure_claim, 120, len(NAMES) * len(SEEDS)),
-    "methods": (measure_methods, 32, 1),
+    "methods": (measure_methods, 20, 1),
     "recipe": (measure_recipe, 120, len(NAMES) * len(SEEDS))}
 
 

@@ -49,7 +49,7 @@ CONFIG = BaseConfig(
     unet=UNetConfig(channels=48, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2),
                     head_channels=16, context_dim=64, norm_groups=8),
     sampling=SamplingDefaults(frames=FRAMES, height=SIZE, width=SIZE, fps=8, save_fps=8,
-                              prompt="a V* {class word} moving left on the sea", cfg=2.5),
+                              prompt="a V* {class word} moving up on the snow", cfg=2.5),
     training=TrainingDefaults(rank=32, lr=2e-3, scale_lr=False, frames=FRAMES, steps=500, num_prior=16,
                               images="toy/subjects/berry", class_word="heart"))
 
