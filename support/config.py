@@ -56,7 +56,7 @@ class TrainingDefaults:
     grad_accum: int = flag(1, 1, 1024, "batches per step: the same clips with less memory")
     alpha: float = flag(1.0, 0, 1000, "weight of the prior loss, 0 for no prior (paper: 1)")
     num_prior: int = flag(200, 1, 10_000, "number of prior pictures or videos (paper: 200)")
-    caption_dropout: float = flag(0.0, 0, 1, "share of clips, subject and prior, that get an empty caption")
+    caption_dropout: float = flag(0.0, 0, 1, "share of clips that get an empty caption (release: 0.2)")
     save_every: int = flag(500, 1, 10**7, "steps between saves")
     preview_every: int = flag(1000, 0, 10**7, "steps between previews, 0 for none")
     images: str = ""         # folder with the photos of the base's own subject, relative to the repository
