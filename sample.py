@@ -20,13 +20,13 @@ import torch
 
 from lora import MergedLoRA
 from model import NOISE_LEVELS, Z_CHANNELS, Tokenizer
-from support.cli import (BadInput, FlagParser, Progress, check_out, check_same, join_processes, lock_folder,
-                         of_all_processes, run_script, wait_for_all)
+from support.cli import (BadInput, FlagParser, check_out, check_same, join_processes, lock_folder,
+                         of_all_processes, progress_bar, run_script, wait_for_all)
 from support.config import (SamplingDefaults, add_flags, add_speed_flags, check_flags, check_sampling,
                             flag_names, load_config, with_flags)
 from support.files import default_base, find_subjects, load_subject, open_base
 from support.texts import pick_prompts, tokens_of, without_placeholders
-from support.video import check_ffmpeg, free_path, motion_line, save_video, sheet, side_by_side, slug
+from support.video import check_ffmpeg, free_path, save_video, sheet, side_by_side, slug
 
 
 def ddim_steps(schedule, steps, eta):
@@ -182,9 +182,9 @@ def make_videos(args, base, settings, prompts, tokens, variants, process):
         batches = [jobs[i:i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
         mine, written = batches[process.rank::process.world], []
         steps = sum(len(batch) for batch in mine) * len(variants) * settings.steps
-        with Progress(total=steps, unit="step", disable=process.rank > 0) as bar:
+        with progress_bar(total=steps, unit="step", disable=process.rank > 0) as bar:
             for number, batch in enumerate(mine, 1):
-                bar.set_description(f"batch {number}/{len(mine)}")
+                bar.set_description_str(f"batch {number}/{len(mine)}")
                 written += make_batch(args, base, settings, tokens, batch, variants, bar)
         wait_for_all(process)
     existing = len(prompts) * args.num - len(jobs)
@@ -225,13 +225,15 @@ def list_jobs(args, prompts, recorded):
 def make_batch(args, base, settings, tokens, batch, variants, bar):
     """Samples and writes the videos of one batch of jobs, in every variant -> the paths of the files."""
     start, videos, written = time.time(), {}, []
+    K, steps = settings.K, settings.steps  # show mostly early steps, where motion forms (paper, Fig. 3)
+    shown = {0, 1, 2, K - 1, K, 2 * K, steps // 2, steps - 1} if args.show_process else ()
     for label, subjects, lambdas in variants:
-        predicted = []  # clean latents (B, 4, T, h, w), one per step
+        predicted = {}  # label of a step -> predicted clean videos
 
         def on_step(i, z_0):
             bar.update(len(batch))
-            if args.show_process:
-                predicted.append(z_0)
+            if i in shown:
+                predicted[f"step {i + 1}, lambda {lambdas[i]:g}"] = base.decode(z_0).numpy()
 
         prompts = tokens[[n for _, n, _ in batch]]
         if args.compare and not subjects:  # the base draws the class instead of the subject
@@ -241,17 +243,13 @@ def make_batch(args, base, settings, tokens, batch, variants, bar):
         videos[label] = generate(base, prompts, seeds, subjects, settings, lambdas, args.negative_prompt,
                                  on_step).numpy()
 
-    K, steps = settings.K, len(predicted)  # show mostly early steps, where motion forms (paper, Fig. 3)
-    shown = sorted({0, 1, 2, K - 1, K, 2 * K, steps // 2, steps - 1} & set(range(steps)))
-    shown_clips = {f"step {i + 1}, lambda {lambdas[i]:g}": base.decode(predicted[i]).numpy() for i in shown}
     for b, (path, _, job) in enumerate(batch):
         video, pictures = videos[label][b], {}
         if args.compare:
             variants_of_b = {label: video[b] for label, video in videos.items()}
             video, pictures["frames"] = side_by_side(variants_of_b), sheet(variants_of_b)
         if args.show_process:
-            pictures["process"] = sheet({label: clip[b] for label, clip in shown_clips.items()})
-            bar.write(f"{path.name}: {motion_line([z_0[b] for z_0 in predicted])}")
+            pictures["process"] = sheet({label: video[b] for label, video in predicted.items()})
         job["seconds"] = round((time.time() - start) / len(batch), 2)
         written += save_video(path, video, args.format, settings.save_fps, job, pictures)
     return written
@@ -280,8 +278,8 @@ def parse_args():
                    help="videos of each prompt; under torchrun write --num_videos (default: %(default)s)")
     p.add_argument("--batch_size", type=int, default=1, help="videos sampled at once (default: %(default)s)")
     p.add_argument("--compare", action="store_true", help="base, constant lambda_l, schedule, side by side")
-    p.add_argument("--show_process", action="store_true", help="also save the predicted clean video at "
-                   "several steps, and print when its motion is settled")
+    p.add_argument("--show_process", action="store_true", help="also save a picture of the clean video "
+                   "that is predicted at several steps")
     p.add_argument("--format", nargs="+", choices=["mp4", "gif", "png"], default=["mp4", "gif"],
                    help="kinds of files to write; png: one picture with all frames (default: mp4 gif)")
     add_speed_flags(p, ["float32", "bfloat16", "float16"])

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import Samples, load_photos, load_prior, still_video
 from lora import add_lora, class_embedding
 from sample import generate
-from support.cli import (BadInput, FlagParser, Progress, join_processes, mean_over_processes, run_script,
+from support.cli import (BadInput, FlagParser, join_processes, mean_over_processes, progress_bar, run_script,
                          stop_signals)
 from support.config import (SamplingDefaults, TrainingDefaults, add_flags, add_speed_flags, check_flags,
                             check_sampling, check_words, load_config, loss_weights, with_flags)
@@ -174,7 +174,7 @@ def draw_preview(out, base, subject, layers, sampling):
             videos = generate(base, [prompt] * 2, (0, 1), [subject], sampling, lora=lora).numpy()
         finally:
             lora.set(1.0)
-        save_preview(out, subject.steps, videos, f"step {subject.steps}: {prompt}")
+        save_preview(out / "preview.png", videos, f"step {subject.steps}: {prompt}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def generate_prior(folder, caption, number, sampling, base, process):
     batches = [range(i, i + size) for i in range(0, number, size)]
     with prior_writer(folder, process):
         mine = batches[process.rank::process.world]
-        for batch in Progress(mine, desc="prior", unit="batch", disable=process.rank > 0):
+        for batch in progress_bar(mine, desc="prior", unit="batch", disable=process.rank > 0):
             missing = [k for k in batch if k < number and not path(k).exists()]
             videos = generate(base, [caption] * len(batch), batch, settings=sampling) if missing else None
             for k in missing:

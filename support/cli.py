@@ -82,28 +82,12 @@ def warn(text):
             print(f"warning: {text}", file=sys.stderr)
 
 
-class Progress(tqdm):
+def progress_bar(*args, **kwargs):
     """A progress bar on a terminal. Elsewhere, as in a log file, a line every 30 seconds and at the end."""
-    every = 30.0
-
-    def __init__(self, *args, **kwargs):
-        self.on_terminal, self.last_shown = sys.stderr.isatty(), kwargs.get("initial", 0)
-        if not self.on_terminal:
-            kwargs |= {"bar_format": "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
-                       "mininterval": self.every, "leave": False}
-        super().__init__(*args, **kwargs)
-
-    def display(self, msg=None, pos=None):
-        if self.on_terminal:
-            super().display(msg, pos)
-        elif msg is None and self.n > self.last_shown:
-            self.last_shown = self.n
-            print(f"{self.desc.removesuffix(': ')}: {self}", file=self.fp, flush=True)
-
-    def close(self):
-        if not self.on_terminal and not self.disable:
-            self.display()
-        super().close()
+    if not sys.stderr.isatty():
+        kwargs |= {"bar_format": "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n",
+                   "mininterval": 30, "maxinterval": 30}
+    return tqdm(*args, **kwargs)
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -114,10 +98,8 @@ class FlagParser(argparse.ArgumentParser):
 def check_out(out):
     """Raises BadInput unless --out is a folder, or can become one, in which files may be written."""
     nearest = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
-    if not nearest.is_dir():
-        raise BadInput(f"--out {out}: {nearest} is a file; name a folder")
-    if not os.access(nearest, os.W_OK):
-        raise BadInput(f"--out {out}: {nearest} may not be written to; name another folder")
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise BadInput(f"--out {out}: {nearest} is a file or may not be written to; name another folder")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -259,8 +241,6 @@ def atomic_write(path):
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         if full or shutil.disk_usage(path.parent).free < 2**20:
             raise BadInput(f"{path}: the disk is full; make room, or name another --out") from None
-        if isinstance(error, BadInput):
-            raise BadInput(str(error).replace(str(temporary), str(path))) from None
         raise
     finally:
         remove(temporary)
@@ -306,8 +286,7 @@ def lock_folder(folder, wait=False):
     except (OSError, NotImplementedError) as error:
         warn(f"{file}: this file system has no locks ({one_line(error)}); start no other run in that folder")
     try:
-        unfinished = [*folder.glob(".tmp-[0-9]*-*"), *folder.glob("previews/.tmp-[0-9]*-*")]
-        for path in unfinished if lock.is_locked else []:
+        for path in folder.glob(".tmp-[0-9]*-*") if lock.is_locked else []:
             with suppress(OSError):     # another process may still read it
                 remove(path)
         yield

@@ -7,7 +7,6 @@ class prior that a base generates lies beside the runs that use it.
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import time
@@ -21,7 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from support.cli import (BadInput, Progress, atomic_write, check_out, check_same, lock_folder, one_line,
+from support.cli import (BadInput, atomic_write, check_out, check_same, lock_folder, one_line, progress_bar,
                          remove, wait_for_all, warn)
 from support.files import read_header, save_subject
 from support.video import check_ffmpeg, labelled, slug, write_mp4
@@ -40,20 +39,31 @@ def pick_run(args, photos, process, suffix=""):
     save = None
     if args.resume is not None:
         save = pick_save(args.resume, args.out, runs, digest_of_photos(photos))
-    if save and (args.out is None or args.out.resolve() == save.parent.resolve()):
-        out = save.parent
-        if save != newest_save(out):
-            raise BadInput(f"--resume {save}: {out} has newer saves; name a new --out for a branch from here")
-    elif args.out:      # of a new run, or of a new branch of an old run
+    if args.out:        # of a new run, or of a branch of another run
         out = args.out
-        if holds_run(out):
-            raise BadInput(f"--out {out}: holds a run; --resume {out} continues it, another --out starts one")
+    elif save:
+        out = save.parent
     else:
         numbered = (runs / (f"{name}-{n}" if n > 1 else name) for n in count(1))
         out = next(folder for folder in numbered if not holds_run(folder))
     check_out(out)
+    check_run(out, save)
     check_same(process, save=save and f"{save.name} {header_of(save).get('fingerprint')}")
     return out, save
+
+
+def check_run(out, save):
+    """Raises BadInput if a training from this save, or from the start, would overwrite a run in `out`."""
+    if continues(out, save):
+        if save != newest_save(save.parent) or steps_done(out) > steps_done(save):
+            raise BadInput(f"--resume {save}: {out} has a newer save or subject; name a new --out for a "
+                           f"branch from here")
+    elif holds_run(out):
+        raise BadInput(f"--out {out}: holds a run; --resume {out} continues it, another --out starts one")
+
+
+def continues(out, save):
+    return save is not None and save.parent.resolve() == out.resolve()
 
 
 def pick_save(resume, out, runs, photos):
@@ -70,7 +80,7 @@ def pick_save(resume, out, runs, photos):
 def latest_run(runs, photos):
     """The run that saved last, among those of these photos. Raises BadInput."""
     times = {}
-    for run in filter(saves, runs.iterdir() if runs.exists() else []):
+    for run in filter(saves, runs.glob("*/")):
         for folder in (run, *saves(run)):   # a run that was killed in its first save has no subject yet
             with suppress(OSError):         # an old save may just have been removed
                 if json.loads(header_of(folder).get("settings", "{}")).get("photos") == photos:
@@ -115,13 +125,10 @@ def lock_run(out, last_save, rank):
     Raises BadInput if another run has written there since `last_save` was picked.
     """
     with lock_folder(out) if rank == 0 else nullcontext():
-        if rank == 0 and last_save and last_save.parent.resolve() == out.resolve():
-            if newest_save(out) != last_save or steps_done(out) > steps_done(last_save):
-                raise BadInput(f"--resume {last_save}: {out} has a newer save or subject by now; start the "
-                               f"command again, or move that subject away")
-            copy_to_run(last_save)
-        elif rank == 0 and holds_run(out):
-            raise BadInput(f"--out {out}: another run has been saved there by now; name another folder")
+        if rank == 0:
+            check_run(out, last_save)
+            if continues(out, last_save):
+                copy_to_run(last_save)
         yield
 
 
@@ -211,11 +218,8 @@ def load_training(save, subject, optimizer, steps):
         step, settings, adamw = state["step"], state["settings"], state["optimizer"]
         tensors = load_file(save / "subject.safetensors")
         moments = [moment["exp_avg"].shape for _, moment in sorted(adamw["state"].items())]
-    except pickle.UnpicklingError:      # PyTorch's own advice would be to run what the file contains
-        raise BadInput(f"--resume {save}: not readable (state.pt is damaged, or would run code); "
-                       f"try an older save") from None
-    except Exception as error:  # zip and safetensors each raise errors of their own
-        raise BadInput(f"--resume {save}: not readable ({one_line(error)}); try an older save") from None
+    except Exception as error:  # pickle, zip and safetensors each raise errors of their own
+        raise BadInput(f"--resume {save}: not readable ({type(error).__name__}); try an older save") from None
     check_settings(save, settings, subject.settings)
     if step >= steps and steps_done(save.parent) >= step:
         raise BadInput(f"--steps {steps}: {save} has done {step} already; ask for more to continue")
@@ -252,7 +256,7 @@ class Log:
 
     def __init__(self, out, done, steps, rank):
         self.out, self.steps, self.rank = out, steps, rank
-        self.bar = Progress(desc="train", unit="step", initial=done, total=steps, disable=rank > 0)
+        self.bar = progress_bar(desc="train", unit="step", initial=done, total=steps, disable=rank > 0)
         self.time, self.mean = time.time(), None
 
     def __call__(self, step, losses, grad_norm):
@@ -295,15 +299,13 @@ class LiveLoRA:
             layer.lam = lam
 
 
-def save_preview(out, step, videos, label, width=96):
-    """Writes a row of frames of videos (B, T, H, W, 3), and OUT/preview.png with the rows of all steps."""
+def save_preview(path, videos, label, width=96):
+    """Adds a row of frames of videos (B, T, H, W, 3), under their label, to the picture."""
     shown = np.linspace(0, videos.shape[1] - 1, 4).round().astype(int)
-    with atomic_write(out / "previews" / f"step-{step:06d}.png") as temporary:
-        labelled(np.concatenate(videos[:, shown]), label, width).save(temporary)
-    in_order = lambda path: (len(path.name), path.name)     # 1000000 after 999999
-    previews = sorted((out / "previews").glob("step-[0-9]*.png"), key=in_order)
-    rows = [np.asarray(Image.open(path, formats=["PNG"])) for path in previews]
-    with atomic_write(out / "preview.png") as temporary:
+    rows = [labelled(np.concatenate(videos[:, shown]), label, width)]
+    if path.exists():
+        rows.insert(0, Image.open(path, formats=["PNG"]))
+    with atomic_write(path) as temporary:
         Image.fromarray(np.concatenate(rows)).save(temporary)
 
 
@@ -321,12 +323,7 @@ def prior_folder(out, base, sampling, class_word):
     settings = {name: getattr(sampling, name) for name in ("frames", "height", "width", "fps", "save_fps",
                                                             "steps", "cfg", "eta")}
     settings |= {"class_word": class_word, "base": base.config.fingerprint, "precision": base.precision}
-    folder = Path("prior") / f"{slug(base.config.name)}-{slug(class_word)}-{digest(settings)}"
-    try:
-        check_out(out.parent / folder)
-        return out.parent / folder
-    except BadInput:  # that folder is not writable, or its prior is another user's
-        return out / folder
+    return out.parent / "prior" / f"{slug(base.config.name)}-{slug(class_word)}-{digest(settings)}"
 
 
 @contextmanager
@@ -334,11 +331,7 @@ def prior_writer(folder, process):
     """Lets only this run fill the prior's folder, while another run of the same class waits."""
     with lock_folder(folder, wait=True) if process.rank == 0 else nullcontext():
         wait_for_all(process)
-        try:
-            yield
-        except KeyboardInterrupt:
-            print(f"{folder}: keeps its pictures; the same command continues")
-            raise
+        yield
         wait_for_all(process)
 
 

@@ -23,11 +23,8 @@ def placeholders_like(prompt):
 
 
 def caption_file(picture):
-    """NAME.jpg -> NAME.txt, or an existing file with another common name of captions."""
-    names = [f"{stem}{ending}" for stem in (picture.stem, picture.name)
-             for ending in (".txt", ".TXT", ".caption", ".CAPTION")]
-    existing = (name for name in names if os.path.exists(picture.with_name(name)))  # False for too long names
-    return picture.with_name(next(existing, names[0]))
+    """NAME.jpg -> NAME.txt, which may not exist."""
+    return picture.with_suffix(".txt")
 
 
 def read_caption(picture):
@@ -62,7 +59,7 @@ def check_photos(photos, height, width):
     small = f"smaller than {width}x{height} pixels, so enlarged; larger photos show more detail"
     cut = (f"a crop of {width}x{height} pixels loses more than half; crop nearer to that shape, or change "
            f"--height and --width")
-    stray = "skipped, because no photo has this name"
+    stray = "skipped; the caption of a photo NAME.jpg is NAME.txt"
     problems, folder = {small: [], cut: []}, photos[0].path.parent
     for photo in photos:
         w, h = photo.image.size
@@ -74,8 +71,7 @@ def check_photos(photos, height, width):
     problems[stray] = sorted(path.name for path in texts - {caption_file(photo.path) for photo in photos})
     for problem, names in problems.items():
         if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            warn(f"{folder}: {', '.join(names[:5])}{more}: {problem}")
+            warn(f"{folder}: {', '.join(names)}: {problem}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -91,9 +87,6 @@ def read_prompts(path):
     prompts = [line for line in lines if not line.startswith("#")]
     if not prompts:
         raise BadInput(f"--prompts {path}: has no prompt; write one on each line")
-    for prompt in prompts:
-        if re.search(r"\s--[a-z]+\s+\S", prompt):
-            warn(f"--prompts {path}: {prompt!r} holds flags, which are read as words")
     return prompts
 
 

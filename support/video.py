@@ -1,15 +1,13 @@
-"""Videos as files, with a JSON of everything that determines their pixels; labels; motion.
+"""Videos as files, with a JSON of everything that determines their pixels; pictures of labelled frames.
 
 Videos are (T, H, W, 3) uint8.
 """
 import json
 import re
 import subprocess
-import unicodedata
 from itertools import count, islice
 
 import numpy as np
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from support.cli import BadInput, atomic_write, one_line
@@ -32,20 +30,14 @@ def write_mp4(path, video, fps, quality):
     except OSError:
         written = 0
     if written < len(video):
-        raise BadInput(f"{path}: ffmpeg did not write all {len(video)} frames; make room, install an ffmpeg "
-                       f"with libx264, or pass --format gif")
+        raise BadInput(f"ffmpeg did not write all {len(video)} frames of an mp4; make room, install an "
+                       f"ffmpeg with libx264, or pass --format gif")
 
 
 def write_gif(path, video, fps):
-    """Video -> GIF with every frame, at the nearest delay that players honour, which is 1/50 s or more."""
+    """Video -> GIF, at the nearest delay between frames that players honour, which is 1/50 s or more."""
     delay = 10 * max(2, round(100 / fps))  # GIF counts in 1/100 s, and players show shorter ones at 1/10 s
-    frames = [Image.fromarray(frame).quantize(255) for frame in video]
-    for before, frame in zip(frames, frames[1:]):  # Pillow merges equal frames, so change one pixel a little
-        if before.convert("RGB").tobytes() == frame.convert("RGB").tobytes():
-            red, green, blue = frame.convert("RGB").getpixel((0, 0))
-            palette = frame.getpalette()
-            frame.putpalette((palette + [0] * 768)[:765] + [red, green, blue ^ 1])
-            frame.putpixel((0, 0), 255)
+    frames = [Image.fromarray(frame).quantize() for frame in video]
     frames[0].save(path, format="gif", save_all=True, append_images=frames[1:], duration=delay, loop=0)
 
 
@@ -134,8 +126,7 @@ def labelled(frames, label, width=None):
     width = width or images[0].width * max(1, round(128 / images[0].width))
     height = round(images[0].height * width / images[0].width)
     row = Image.new("RGB", (len(images) * width, height + 14), "white")
-    letters = unicodedata.normalize("NFKD", label).encode("ascii", "ignore").decode()   # the built-in font's
-    ImageDraw.Draw(row).text((3, 1), letters, fill="black")
+    ImageDraw.Draw(row).text((3, 1), label, fill="black")
     for i, image in enumerate(images):
         row.paste(image.resize((width, height), Image.BICUBIC), (i * width, 14))
     return row
@@ -154,28 +145,3 @@ def sheet(videos, columns=8):
         shown = np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int)
         rows.append(labelled(video[shown], label))
     return Image.fromarray(np.concatenate(rows))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Motion, as it forms
-
-
-def motion_similarity(predicted, final):
-    """How alike two clips (C, T, H, W) move: 1 for the same motion, 0 for a still clip.
-
-    This is the correlation of each frame minus the clip's mean frame. It ignores how strong a motion is,
-    because early predictions are averages of many clips, so they all move too weakly.
-    """
-    moving = [(clip - clip.mean(dim=1, keepdim=True)).flatten() for clip in (predicted, final)]
-    return F.cosine_similarity(*moving, dim=0).item()
-
-
-def motion_line(predicted, enough=0.9):
-    """A clip (C, T, H, W) as predicted at each step -> the step that has `enough` of the final motion.
-
-    That step is a K to try, because motion has formed by then.
-    """
-    for step, clip in enumerate(predicted, 1):
-        if motion_similarity(clip, predicted[-1]) >= enough:
-            return f"motion settles at step {step}"
-    return "the clip does not move"

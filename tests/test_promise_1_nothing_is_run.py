@@ -57,8 +57,8 @@ def test_a_photo_a_preview_or_a_video_that_is_postscript_is_not_run(postscript, 
     assert len(load_photos(tmp_path, 32, 48, "V*", "dog")) == len(load_prior(tmp_path, 9, 3, 32, 48)) == 1
     errors = capsys.readouterr().err
     assert all(errors.count(f"{name}: not readable") == 2 for name in names)
-    postscript("previews/step-000001.png")
+    preview = postscript("preview.png")
     with pytest.raises(OSError, match="cannot identify image file"):
-        save_preview(tmp_path, 2, np.zeros((1, 4, 32, 48, 3), np.uint8), "a dog")
+        save_preview(preview, np.zeros((1, 4, 32, 48, 3), np.uint8), "a dog")
     with pytest.raises(BadInput, match="x.gif: not a readable video"):
         read_video(postscript("x.gif"), {})

@@ -91,7 +91,7 @@ def six_steps():
             v_star.grad = torch.full_like(v_star, subject.steps)
             optimizer.step()
             save_training(out, subject, optimizer, 2)
-            save_preview(out, subject.steps, np.full((1, 4, 32, 32, 3), subject.steps % 50, np.uint8), "")
+            save_preview(out / "preview.png", np.full((1, 4, 32, 32, 3), subject.steps % 50, np.uint8), "")
 
 
 def test_saves_are_whole_at_every_kill(tmp_path):
@@ -190,8 +190,7 @@ def test_a_signal_while_the_prior_is_made_keeps_its_pictures(start, tmp_path):
     common, stop = ["--alpha", 1, "--steps", 1], lambda: then_kill(train, "save_prior_clip", signal.SIGTERM)
     assert wait(start(*common, before=stop)) == -signal.SIGTERM
     picture, = (tmp_path / "prior").glob("*/*.png")
-    made, output = picture.stat().st_mtime_ns, (tmp_path / "output").read_text()
-    assert re.search("prior/.* keeps .* the same command continues", output), output
+    made = picture.stat().st_mtime_ns
     assert wait(start(*common)) == 0 and picture.stat().st_mtime_ns == made
 
 
@@ -315,7 +314,7 @@ def test_an_mp4_that_ffmpeg_did_not_finish_is_absent(base_folder, call, tmp_path
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(script))
     flags = ["--base", base_folder, "--subject", "none", "--prompt", "a dog", "--seed", 1]
     error = call(sample, *flags, code=2).err.splitlines()[-1]
-    assert error.startswith("error: outputs/a-dog-1.mp4: ffmpeg did not write all 3 frames")
+    assert error.startswith("error: ffmpeg did not write all 3 frames")
     assert [path.name for path in (tmp_path / "outputs").glob("[!.]*")] == ["a-dog-1.gif"]
 
 

@@ -89,7 +89,7 @@ def test_a_branch_from_an_older_save_leaves_its_run(flags, call, tmp_path):
     common = [*flags[train], "--keep_last", 9, "--preview_every", 0, "--steps", 4]
     call(train, *common, "--out", "out")
     old = ["--resume", "out/step-000002"]
-    assert "out has newer saves" in call(train, *common, *old, code=2).err
+    assert "out has a newer save or subject" in call(train, *common, *old, code=2).err
     call(train, *common, *old, "--out", "branch")
     whole, branch = (load_file(tmp_path / out / "subject.safetensors") for out in ("out", "branch"))
     assert all(torch.equal(whole[name], branch[name]) for name in whole)
@@ -117,14 +117,14 @@ def test_a_second_run_into_a_folder_is_refused(flags, call, tmp_path, monkeypatc
 def test_a_run_that_finds_another_one_finished_meanwhile_is_refused(tmp_path, save):
     with lock_run(tmp_path, None, 0):
         old = save(1)
-    with pytest.raises(BadInput, match="another run has been saved there"), lock_run(tmp_path, None, 0):
+    with pytest.raises(BadInput, match="holds a run"), lock_run(tmp_path, None, 0):
         pass
     with lock_run(tmp_path, old, 0):
         save(2)
-    with pytest.raises(BadInput, match="newer save or subject by now"), lock_run(tmp_path, old, 0):
+    with pytest.raises(BadInput, match="newer save or subject"), lock_run(tmp_path, old, 0):
         pass
     shutil.rmtree(tmp_path / "step-000002")     # its subject stays
-    with pytest.raises(BadInput, match="or move that subject"), lock_run(tmp_path, old, 0):
+    with pytest.raises(BadInput, match="newer save or subject"), lock_run(tmp_path, old, 0):
         pass
     assert steps_done(tmp_path) == 2
 

@@ -6,7 +6,6 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import sample as script
 from lora import MergedLoRA
@@ -14,7 +13,6 @@ from makers import ROOT, fork_ranks, random_subject, wait
 from model import NoiseSchedule, ScheduleConfig
 from sample import ddim, ddim_steps, parse_lambdas, two_step_schedule
 from support.files import save_subject
-from support.video import labelled, motion_line, motion_similarity
 
 
 def test_fifty_steps_are_upstreams():
@@ -74,23 +72,6 @@ def test_weights_are_written_only_at_the_switch(base, monkeypatch):
 def test_lambda_schedules():
     assert parse_lambdas("0.4*5,0.8*45", 50) == two_step_schedule(0.4, 0.8, 5, 50)
     assert parse_lambdas("0*1, 0.4>0.8*5 ,1*1", 7) == [0, 0.4, 0.5, 0.6, 0.7, 0.8, 1]
-
-
-def test_motion_as_it_forms():
-    """Predictions that stand still up to step 3, and move palely and blurred from step 4 on."""
-    moving_clip = torch.full((3, 8, 32, 32), -1.0)
-    for t in range(8):                                      # a square that travels farther than its own size
-        moving_clip[0, t, 12:20, 3 * t:3 * t + 8] = 1
-    still, mean = moving_clip[:, :1].expand_as(moving_clip), moving_clip.mean(dim=1, keepdim=True)
-    blurred = torch.nn.functional.avg_pool3d(moving_clip[None], (1, 3, 3), 1, (0, 1, 1))[0]
-    pale = mean + 0.3 * (blurred - mean)
-    assert motion_line([still] * 3 + [pale] * 2 + [moving_clip] * 3) == "motion settles at step 4"
-    for clip in (still, moving_clip[:, :1]):                # nothing moves, or there is one frame
-        assert motion_line([clip] * 8) == "the clip does not move"
-
-    # A clip that moves the other way, and one in front of another background.
-    assert motion_similarity(moving_clip.flip(1), moving_clip) < 0
-    assert motion_similarity(moving_clip + 0.3, moving_clip) == pytest.approx(1, abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -166,16 +147,6 @@ def test_compare_and_process(dog, tmp_path, call):
     assert frames.shape[1] == 3 * 144 and frames.shape[0] % 3 == 0
 
 
-def test_process_prints_its_motion(dog, call):
-    """A line for each video. No other flag prints it."""
-    flags = [*dog, "--format", "png", "--num", 2, "--batch_size", 2]
-    lines = call(script, *flags, "--show_process", "--K", 0).out.splitlines()
-    lines = [line for line in lines if ": motion" in line]
-    assert len(lines) == 2
-    assert lines[1].startswith("a-v-dog-running-on-the-grass-1: motion settles at step ")
-    assert ": motion" not in call(script, *flags, "--out", "plain").out
-
-
 def test_prompts_file_and_shared_work(dog, tmp_path, call):
     """Six videos in three batches: two processes write the same files as one, byte for byte."""
     prompts = "\ufeff# two prompts\r\na V* dog on the grass\r\n\r\na V* dog ../../etc\r\n"
@@ -238,10 +209,3 @@ def readme_block(heading):
     """The first python block of the README's section."""
     section = (ROOT / "README.md").read_text().split(f"## {heading}")[1]
     return section.split("```python\n")[1].split("```")[0]
-
-
-def test_labels_show_letters_that_the_font_has():
-    image = [Image.new("RGB", (96, 64))]
-    for label, shown in [("step 5: a V* собака", "step 5: a V* "), ("café naïve", "cafe naive"), ("犬", "")]:
-        assert labelled(image, label).tobytes() == labelled(image, shown).tobytes()
-    assert labelled(image, "a").tobytes() != labelled(image, "").tobytes()

@@ -1,6 +1,5 @@
 """Subject learning through the command line: what is written, what is learned, and that processes agree."""
 import json
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +17,6 @@ from model import Tokenizer
 from support.cli import Process
 from support.config import TrainingDefaults
 from support.files import load_base, load_subject
-from support.runs import prior_folder
 from train import SubjectLoss
 
 
@@ -225,21 +223,6 @@ def test_placeholders_that_cannot_work_are_refused(call, flags, placeholder):
     assert "--placeholder" in call(train, *flags, "--placeholder", placeholder, code=2).err
 
 
-@pytest.mark.parametrize("script, names", [
-    (train, "base images class_word placeholder prior num_prior alpha rank lr scale_lr weight_decay steps "
-            "batch_size frames caption_dropout height width fps precision grad_checkpointing seed out "
-            "save_every"),
-    (sample, "base subject prompt lambda_s lambda_l K steps cfg eta fps save_fps frames height width seed "
-             "num precision out")])
-def test_help_names_every_setting(call, capsys, script, names):
-    with pytest.raises(SystemExit) as end:
-        call(script, "--help")
-    text = capsys.readouterr().out
-    assert end.value.code == 0
-    for name in names.split():
-        assert f"--{name} " in text or f"--{name}\n" in text or f"--{name}," in text, name
-
-
 def test_a_deleted_prior_picture_is_made_again(call, base_folder, photos_folder, tmp_path):
     flags = ["--base", base_folder, "--images", photos_folder, "--class_word", "dog", "--steps", 1]
     call(train, *flags, "--out", "deep/first")
@@ -251,13 +234,3 @@ def test_a_deleted_prior_picture_is_made_again(call, base_folder, photos_folder,
     assert (prior / "0000.png").stat().st_mtime_ns == kept.st_mtime_ns
     again = np.asarray(Image.open(prior / "0001.png"))
     assert np.abs(again.astype(int) - deleted).max() <= 1
-
-
-@pytest.mark.parametrize("refused, place", [("", "exp"), ("exp", "exp/dog"), ("exp/prior", "exp/dog")])
-def test_the_prior_lies_beside_out_or_in_it(base, tmp_path, monkeypatch, refused, place):
-    """root may write everywhere, so a folder that may not be written to is made up."""
-    (tmp_path / "exp" / ("" if refused == "exp" else "prior")).mkdir(parents=True)
-    access, refuses = os.access, tmp_path / refused if refused else None
-    monkeypatch.setattr(os, "access", lambda path, mode: path != refuses and access(path, mode))
-    folder = prior_folder(tmp_path / "exp" / "dog", base, base.config.sampling, "dog")
-    assert folder.parent == tmp_path / place / "prior"
