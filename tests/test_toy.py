@@ -1,9 +1,8 @@
 """The embedded base: its world is as described, its weights are trained, the README's first command works."""
 import itertools
 import json
-from argparse import Namespace
+import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +13,9 @@ from makers import ROOT, random_subject, run
 from model import pixels
 from paper.evaluate import consistency
 from support.cli import BadInput, Process
-from support.files import load_base
+from support.files import load_base, save_subject
 from toy import experiment, pretrain
-from toy.experiment import Table, against, unseen_scenes
+from toy.experiment import against, unseen_scenes
 from toy.measure import likeness, measure, pixel_features, psnr
 from toy.world import (COLOURS, DIRECTIONS, FRAMES, GROUNDS, PATTERNS, SHAPES, SIZE, SPEED, SUBJECTS,
                        TEXTURES, Look, Scene, caption, draw_clip, draw_photos, held_out, random_look,
@@ -135,106 +134,44 @@ def test_drift_is_seen_where_there_is_some():
         assert getattr(measure(clip, 8), drift) > least
 
 
-@pytest.fixture()
-def drawn(monkeypatch):
-    """Clips are drawn, not sampled -> scenes, and the list of all prompts that were asked for."""
-    scenes, asked = unseen_scenes(6), []
+def test_subjects_share_the_clips_of_a_row_equally(tmp_path, base, base_folder, call, monkeypatch):
+    """Two subjects make half of the clips each. The errors are over the two, not over the six clips."""
+    drawn, asked = unseen_scenes(6), []     # clips are drawn, not sampled
 
-    def draw(base, prompts, which, subjects=(), lambdas=None):
-        asked.extend(prompts[i] for i in which)
-        return np.stack([draw_clip(scenes[i]) for i in which])
+    def draw(base, prompts, numbers, subjects=(), lambdas=None):
+        asked.extend(prompts[n] for n in numbers)
+        return np.stack([draw_clip(drawn[n]) for n in numbers])
 
     monkeypatch.setattr(experiment, "sample_clips", draw)
-    return scenes, asked
+    subject = random_subject(base)
+    flags = ["--base", base_folder, "--subject", "berry", "bee", "--lambdas", "base", "0.4*2,0.8*2"]
+    for name, class_word in (("berry", "heart"), ("bee", "circle")):
+        own = replace(subject, class_word=class_word, settings={"images": name})
+        save_subject(tmp_path / name / "subject.safetensors", own)
+    lines = call(experiment, "claim", *flags, "--clips", 6).out.splitlines()
+    assert [words.split()[1] for words in asked] == ["heart"] * 3 + ["circle"] * 3 + ["V*"] * 6
+    assert asked[8].startswith("a V* heart moving") and asked[9].startswith("a V* circle moving")
+    assert lines[0].startswith("| 6 clips per row by 2 trainings | direction |")
+    like = [float(number) for number in re.findall(r"0.8\*2: .* likeness (\S+),", "\n".join(lines))]
+    mean, error = map(float, re.search(r"(\S+) ± (\S+) \| \S+ ± \S+ \|$", lines[3]).groups())
+    assert mean == pytest.approx(np.mean(like), abs=2e-3)
+    assert error == pytest.approx(abs(like[0] - like[1]) / 2, abs=2e-3)
+    picture = Image.open(tmp_path / "outputs" / "experiment" / "claim.png")
+    assert picture.size == (2 * (4 * 64 + 8), 2 * (64 + 14))
+    error, = call(experiment, "claim", *flags, "--clips", 7, code=2).err.splitlines()
+    assert error.startswith("error: --clips 7: should be a multiple of 2")
 
 
-def test_an_interrupted_table_continues(tmp_path, drawn, toy):
-    scenes, asked = drawn
-    captions = [caption(scene) for scene in scenes]
-    judge = lambda i, clip: against(scenes[i], measure(clip, 8), ("direction", "shape"))
-    open_table = lambda clips: Table(Namespace(clips=clips, out=tmp_path), toy, ALONE, "x")
-    open_table(6).fill("one", captions, judge)
-    table = open_table(6)
-    table.fill("one", captions, judge)
-    table.fill("two", captions, judge)
-    assert asked == 2 * captions and list(table.rows) == ["one", "two"]
-    one, two = table.rows["one"], table.rows["two"]
-    assert two["direction"] == two["shape"] == [1.0] * 6
-    assert np.allclose(one["distance"], 1, atol=0.05) and sum(one["frozen"]) == 0
-    assert Image.open(tmp_path / "x.png").size == (2 * (4 * 64 + 8), 2 * (64 + 14))
-    with pytest.raises(BadInput, match="other settings"):
-        open_table(7)
-    (tmp_path / "x.png").unlink()   # without its picture a row is made again
-    open_table(6).fill("one", captions, judge)
-    assert asked == 3 * captions and (tmp_path / "x.png").exists()
-
-
-def test_trainings_share_the_clips_of_a_row_equally(tmp_path, drawn, base, call, capsys):
-    """Two subjects take half of the clips each. The errors are over the two, not over the six clips."""
-    _, asked = drawn
-    learned = [(replace(random_subject(base), class_word="heart"), "berry"),
-               (replace(random_subject(base), class_word="circle"), "bee")]
-    table = Table(Namespace(clips=6, out=tmp_path), base, ALONE, "claim")
-    row = replace(experiment.PAPER_K5, lambdas="0.4*2,0.8*2")  # the tiny base takes 4 steps
-    numbers = experiment.measure_row(table, row, learned)
-    assert asked[2].startswith("a V* heart") and asked[3].startswith("a V* circle")
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("| 6 clips per row by 2 trainings |")
-    halves = np.array(numbers["likeness"]).reshape(2, 3).mean(1)
-    error = abs(halves[0] - halves[1]) / 2
-    assert f"{np.mean(halves):.3f} ± {error:.3f}" in lines[2]
-    line, = call(experiment, "claim", "--clips", 8, code=2).err.splitlines()
-    assert line.startswith("error: --clips 8: should be a multiple of 6")
-
-
-def test_a_run_is_started_once_and_without_torchruns_environment(tmp_path, monkeypatch, toy):
-    """A training and a longer one share a run. What is done is not started again, and the rest is resumed."""
-    started = []
-
-    def run_command(command, env):
-        started.append((command, env))
-        flags = dict(zip(command, command[1:]))
-        for steps in range(5, int(flags["--steps"]) + 1, 5):
-            save = Path(flags.get("--out") or flags["--resume"]) / f"step-{steps:06d}"
-            save.mkdir(parents=True, exist_ok=True)
-            (save / "subject.safetensors").touch()
-            (save / "state.pt").touch()
-        return Namespace(returncode=0)
-
-    monkeypatch.setattr(experiment.subprocess, "run", run_command)
-    monkeypatch.setattr(experiment, "load_subject", lambda path, base: path.parent.name)
-    of_torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "MASTER_PORT"}
-    for name in of_torchrun:
-        monkeypatch.setenv(name, "1")
-    args = Namespace(out=tmp_path, base=BASE, steps=5)
-    learn = lambda *trainings: experiment.learn(args, toy, ALONE, trainings, seeds=(0,))
-
-    default, longer = experiment.DEFAULT, experiment.LONGER
-    assert learn(default)[default] == [("step-000005", name) for name in experiment.NAMES]
-    assert learn(default, longer)[longer] == [("step-000010", name) for name in experiment.NAMES]
-    learn(longer, default)
-    assert ["--resume" in command for command, _ in started] == [False] * 3 + [True] * 3
-    assert not of_torchrun & started[0][1].keys()
-
-
-def test_the_recipes_decision(capsys):
-    """A change is accepted if direction loses at most 0.05 on average, and no subject more than 0.15."""
-    lost = {"accepted": (0.1, 0.0, 0.02), "bad for one": (0.16, 0.0, -0.1), "bad for all": (0.06, 0.06, 0.06)}
-    numbers = {name: {"direction": 0.7 - np.repeat(by_subject, 8), "likeness": np.full(24, 0.7)}
-               for name, by_subject in {"default": (0, 0, 0), **lost}.items()}
-    experiment.print_differences(numbers)
-    *_, good, bad_for_one, bad_for_all = capsys.readouterr().out.splitlines()
-    assert good.startswith("| accepted | -0.040 ± ") and good.endswith("| yes |")
-    assert bad_for_one.endswith("| no |") and bad_for_all.endswith("| no |")
-
-
-def test_pretraining_from_start_to_end(tmp_path, call):
-    """One stage, and then the command for all of them. The base has the committed one's numbers."""
-    sizes = ["--vae_steps", 2, "--clips", 16, "--image_steps", 1, "--clip_steps", 1]
-    for flags in (["--stage", "vae"], []):
-        call(pretrain, "--out", "out", *sizes, *flags)
+def test_pretraining_from_start_to_end(tmp_path, call, monkeypatch):
+    """The base has the committed one's numbers. The same command continues, and keeps a finished base."""
+    for name, number in {"VAE_STEPS": 2, "CLIPS": 16, "IMAGE_STEPS": 1, "CLIP_STEPS": 1}.items():
+        monkeypatch.setattr(pretrain, name, number)
     folder = tmp_path / "out" / "base"
+    assert call(pretrain, "--out", "out").out.startswith("wrote out/base")
     load_base(folder)
+    written = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert call(pretrain, "--out", "out").out == "out/base exists already and is kept\n"
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == written
     config, committed = (json.loads((folder / "config.json").read_text()) for folder in (folder, BASE))
     for own in (config, committed):
         del own["fingerprint"], own["vae"]["latent_factor"]
@@ -246,7 +183,7 @@ def test_a_stopped_stage_continues_as_if_it_had_not_stopped(tmp_path, monkeypatc
 
     def new_run(folder, steps):
         network = torch.nn.Linear(3, 3)
-        return pretrain.Run("x", folder, ALONE, network, lr=0.1, scales={network: 1}, steps=steps)
+        return pretrain.Run(folder / "x.pt", network, lr=0.1, scales={network: 1}, steps=steps)
 
     def train(folder, *stops):
         for start, stop in enumerate(stops):
@@ -254,20 +191,12 @@ def test_a_stopped_stage_continues_as_if_it_had_not_stopped(tmp_path, monkeypatc
             stage = new_run(folder, steps=6)
             while stage.step < stop:
                 x = torch.randn(4, 3, generator=torch.Generator().manual_seed(stage.step))
-                stage.optimize(stage.model(x).pow(2).mean(), {})
+                stage.optimize(stage.network(x).pow(2).mean())
         return torch.load(folder / "x.pt")["average"]["module.weight"]
 
     assert torch.equal(train(tmp_path / "a", 6), train(tmp_path / "b", 4, 6))
-    with pytest.raises(BadInput, match="of a run of 6 steps"):
+    with pytest.raises(BadInput, match="a run of 6 steps"):
         new_run(tmp_path / "a", steps=7)
-
-
-@pytest.mark.parametrize("stage, name", [("all", "config.json"), ("export", "vae.safetensors")])
-def test_pretraining_keeps_another_models_files(tmp_path, call, stage, name):
-    (tmp_path / name).write_text('{"name": "videocrafter2"}')
-    error = call(pretrain, "--base", tmp_path, "--out", "out", "--stage", stage, code=2).err
-    assert error == f"error: --base {tmp_path}: {name} in it is another model's; name another folder\n"
-    assert (tmp_path / name).read_text() == '{"name": "videocrafter2"}' and not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,9 @@
 """Measures a clip of the world from its pixels, by finding the drawing that explains them best.
 
-    from toy.measure import measure, likeness
-
-Nothing to run here. The ground is the painted one that most pixels agree with. The sprite is found in two
-stages: a bank of sprites in many shapes, patterns, sizes and turns is tried at many places, and then `fit`
-moves, sizes and turns the best few until their drawings come nearest to the pixels. The bank ranks sprites by
-their gain, which is how much nearer to the pixels a sprite at p is than the ground without it:
+The ground is the painted one that most pixels agree with. The sprite is found in two stages: a bank of
+sprites in many shapes, patterns, sizes and turns is tried at many places, and then `fit` moves, sizes and
+turns the best few until their drawings come nearest to the pixels. The bank ranks sprites by their gain,
+which is how much nearer to the pixels a sprite at p is than the ground without it:
 
     gain(p) = sum_x m(x - p) [ (I(x) - G(x))^2 - (I(x) - S(x - p))^2 ]
 
@@ -28,9 +26,9 @@ import torch
 import torch.nn.functional as F
 
 from model import pixels
-from toy.world import (DIRECTIONS, GROUNDS, PATTERNS, SHAPES, SIZE, SPEED, SUBJECTS, TEXTURES, Look, Scene, X,
-                       Y, colour_name, colour_words, draw_ground, draw_sprite, face_parts, pattern_cover,
-                       sprite_body, sprite_geometry)
+from toy.world import (DIRECTIONS, GROUNDS, PATTERNS, SHAPES, SIZE, SPEED, SUBJECTS, TEXTURES, WHITE, Look,
+                       Scene, X, Y, colour_name, colour_words, draw_ground, draw_sprite, face_parts,
+                       pattern_cover, sprite_body, sprite_geometry)
 
 BROKEN = 17.0     # dB: a frame is broken if its PSNR against the clip's drawing is lower
 FROZEN = 0.25     # a clip is frozen if its sprite travels less than this share of the world's distance
@@ -114,7 +112,7 @@ def likeness(clip, name):
     terms, colours = gain_terms(clip, ground), np.array([look.colour, look.second])
     gains, _ = bank.search(terms, colours)
     best = int(gains.sum(1).argmax())
-    gains, places = bank.search(terms, colours, first=slice(best, best + 1))
+    gains, places = bank.search(terms, colours, first=[best])
     # A star turned by one point looks much the same, so a frame's sprite should suit the other frames too.
     best_by_frame = (gains + gains.mean(1, keepdim=True)).argmax(0)
     scores = []
@@ -161,7 +159,7 @@ def find_sprite(clip, ground):
                 best[bank.scenes[n].shape, bank.scenes[n].look.pattern] = n
         for n in sorted(best.values(), key=lambda n: total[n])[-3:]:
             # Search for this sprite everywhere, because the bank searched only near the places of the others.
-            own_gain, own_place = bank.search(terms, first=slice(n, n + 1), then=slice(n, n + 1))
+            own_gain, own_place = bank.search(terms, first=[n], then=[n])
             track = np.where((own_gain[0] > gains[n])[:, None], own_place[0], places[n])
             scene, _, _, error = fit(clip[::3], ground, bank.scenes[n], track[::3])   # a third suffices
             fits.append((error, scene, track, group))
@@ -206,14 +204,11 @@ def fit(clip, ground, scene, track, colours=None):
 
 
 def sprite_parts(scene, centres):
-    """A sprite at centres (T, 2) -> shadow, cover, valid (T, H, W); weights (2, T, H, W) of its colours.
-
-    The shadow is the share by which the ground is darkened. valid is 0 where a face may be, otherwise 1.
-    """
-    u, v, shadow, cover, light = sprite_geometry(scene.shape, scene.radius, scene.angle, centres)
+    """A sprite at centres (T, 2) -> shadow, cover, valid (T, H, W); weights (2, T, H, W) of its colours."""
+    u, v, shadow, cover, light = sprite_geometry(scene, centres)
     second = pattern_cover(scene.look.pattern, u, v, scene.radius)
-    valid = sum(part for part, _ in face_parts(u, v, scene.radius)) == 0
-    return 0.25 * shadow, cover, valid.astype(np.float32), np.stack([light * (1 - second), light * second])
+    valid = sum(part for part, _ in face_parts(u, v, scene.radius)) == 0    # false where a face may be
+    return shadow, cover, valid.astype(np.float32), np.stack([light * (1 - second), light * second])
 
 
 class SpriteBank:
@@ -221,8 +216,7 @@ class SpriteBank:
 
     def __init__(self, sprites, step):
         self.few = slice(None, None, step)
-        white = (1, 1, 1)
-        self.scenes = [Scene(shape, Look(white, white, pattern), "", "", radius=radius, angle=float(angle))
+        self.scenes = [Scene(shape, Look(WHITE, WHITE, pattern), "", "", radius=radius, angle=float(angle))
                        for shape, pattern, radius, angle in sprites]
         inner = slice(SIZE // 2 - SHRINK * REACH, SIZE // 2 + SHRINK * REACH)
         parts = []
@@ -272,7 +266,7 @@ class SpriteBank:
 def gain_terms(clip, ground):
     """clip (T, H, W, 3), ground (H, W, 3), in [0, 1] -> pictures (T, 5, H/2 + k, W/2 + k), coarse patches.
 
-    The channels are (I - G)^2 - I^2, the gain of black; I; and ones. Zeros around them let sprites leave.
+    The channels are (I - G)^2 - I^2, the gain of black; I; and ones. Zeros pad them for sprites at borders.
     """
     I, G = (F.avg_pool2d(torch.tensor(x).float().movedim(-1, -3), SHRINK) for x in (clip, ground))
     if_black = ((I - G) ** 2 - I ** 2).sum(1, keepdim=True)

@@ -77,7 +77,7 @@ class Scene:
     texture: int = 0                     # which of the ground's TEXTURES
 
 
-# The text tower and the UNet know each subject's shape, but not its pattern in such colours (see `held_out`).
+# The UNet and the text tower know each subject's shape, but not its pattern in such colours (see `held_out`).
 # name -> (class word, look)
 SUBJECTS = {
     "ember": ("star", Look((0.98, 0.55, 0.10), (0.62, 0.08, 0.10), "split", face=True)),
@@ -105,16 +105,16 @@ def colour_words(look):
 
 
 def held_out(shape, look, ground, direction):
-    """Whether text tower and UNet never see this: one combination in ten, and every look near a subject's.
+    """Whether the UNet and the text tower never see this: one combination in ten, and looks near a subject's.
 
-    A look is near if it has the same pattern, and both colours within 0.25 in every channel. The VAE sees
-    looks of all kinds.
+    A look is near if it has the same pattern, and both colours are within 0.25 in every channel. The VAE is
+    trained on looks of all kinds.
     """
     for _, subject in SUBJECTS.values():
         if (look.pattern == subject.pattern and difference(look.colour, subject.colour) < 0.25
                 and difference(look.second, subject.second) < 0.25):
             return True
-    # Any fixed rule would do that leaves each word in some combinations for training.
+    # Any fixed rule works, as long as each word stays in some combinations for training.
     number = (SHAPES.index(shape) + PATTERNS.index(look.pattern)
               + list(COLOURS).index(colour_name(look.colour)) + 3 * list(GROUNDS).index(ground)
               + 7 * list(DIRECTIONS).index(direction))
@@ -188,7 +188,7 @@ def smooth_noise(rng, cells):
 
 @lru_cache
 def draw_ground(name, texture):
-    """-> (H, W, 3), the same for the same name and texture."""
+    """Paints a ground -> (H, W, 3). The same name and texture always give the same picture."""
     rng = np.random.default_rng((list(GROUNDS).index(name), texture))
     shade = 0.035 * smooth_noise(rng, (5, 5)) + 0.05 * (Y / SIZE - 0.5)
     if name == "grass":
@@ -248,14 +248,12 @@ def soft_edge(distance, radius):
 
 
 def pattern_cover(pattern, u, v, radius):
-    """The second colour's share, 0 to 1, at the points (u, v)."""
+    """The second colour's share, 0 to 1, at the points (u, v), of a pattern that is not plain."""
     if pattern == "striped":
         return soft_edge(np.abs((u * 1.25 + 0.25) % 1 - 0.5) - 0.25, radius)
     if pattern == "split":
         return soft_edge(v - 0.05, radius)
-    if pattern == "ringed":
-        return soft_edge(0.45 - np.hypot(u, v), radius)
-    return np.zeros_like(u)
+    return soft_edge(0.45 - np.hypot(u, v), radius)     # ringed
 
 
 def face_parts(u, v, radius):
@@ -268,45 +266,41 @@ def face_parts(u, v, radius):
     return [*parts, (mouth, BLACK)]
 
 
-def paint(look, u, v, radius):
-    """The body's colour at the points (u, v) -> (..., 3)."""
-    body, parts = np.broadcast_to(np.float32(look.colour), (*u.shape, 3)), []
-    if look.second:
-        parts.append((pattern_cover(look.pattern, u, v, radius), look.second))
-    if look.face:
-        parts += face_parts(u, v, radius)
-    for cover, colour in parts:
-        body = body + cover[..., None] * (np.float32(colour) - body)
-    return body
+def sprite_geometry(scene, centres):
+    """A scene's sprite at centres (T, 2) -> u, v, shadow, cover and light, each (T, H, W).
 
-
-def sprite_geometry(shape, radius, angle, centres):
-    """A sprite at centres (T, 2) -> u, v, shadow, cover and light, each (T, H, W).
-
-    Shadow and cover are in [0, 1]. Light, at most 1.02, matters only under the cover; it comes from the upper
-    left and leaves the body a dark rim.
+    The shadow is the share by which the ground is darkened, and the cover is in [0, 1]. The light, at most
+    1.02, matters only under the cover. It comes from the upper left and leaves the body a dark rim.
     """
+    radius = np.float32(scene.radius)
+    c, s = np.float32(np.cos(scene.angle)), np.float32(np.sin(scene.angle))
     cx, cy = np.float32(centres).T[:, :, None, None]
-    c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-    x, y = (X - cx) / np.float32(radius), (Y - cy) / np.float32(radius)
+    x, y = (X - cx) / radius, (Y - cy) / radius
     u, v = x * c + y * s, y * c - x * s
-    distance = shape_distance(shape, u, v)
-    shadow = np.exp(-((x - 0.12) ** 2 + (y - 0.19) ** 2) * 1.1)
+    distance = shape_distance(scene.shape, u, v)
+    shadow = 0.25 * np.exp(-((x - 0.12) ** 2 + (y - 0.19) ** 2) * 1.1)
     light = 1.02 - 0.22 * np.hypot(x + 0.4, y + 0.45)
-    light = light * (1 - 0.45 * soft_edge(distance + 0.10, radius))
-    return u, v, shadow, soft_edge(-distance, radius), light
+    light = light * (1 - 0.45 * soft_edge(distance + 0.10, scene.radius))
+    return u, v, shadow, soft_edge(-distance, scene.radius), light
 
 
 def sprite_body(scene, centres):
     """A scene's sprite at centres (T, 2) -> shadow and cover (T, H, W), body (T, H, W, 3)."""
-    u, v, shadow, cover, light = sprite_geometry(scene.shape, scene.radius, scene.angle, centres)
-    return shadow, cover, paint(scene.look, u, v, scene.radius) * light[..., None]
+    u, v, shadow, cover, light = sprite_geometry(scene, centres)
+    look, body, parts = scene.look, np.float32(scene.look.colour), []
+    if look.second:
+        parts.append((pattern_cover(look.pattern, u, v, scene.radius), look.second))
+    if look.face:
+        parts += face_parts(u, v, scene.radius)
+    for part, colour in parts:
+        body = body + part[..., None] * (np.float32(colour) - body)
+    return shadow, cover, body * light[..., None]
 
 
 def draw_sprite(picture, scene, centres):
-    """The sprite and its soft shadow at centres (T, 2) over a picture (H, W, 3) -> (T, H, W, 3)."""
+    """Draws a sprite and its soft shadow at centres (T, 2) over a picture (H, W, 3) -> (T, H, W, 3)."""
     shadow, cover, body = sprite_body(scene, centres)
-    picture = picture * (1 - 0.25 * shadow[..., None])
+    picture = picture * (1 - shadow[..., None])
     return picture + cover[..., None] * (body - picture)
 
 
@@ -324,9 +318,9 @@ def draw_photos(name):
     rng = np.random.default_rng([ord(letter) for letter in name])
     photos = []
     for ground in rng.permutation(list(GROUNDS)):
-        start = tuple(rng.uniform(27, 37, 2))
-        scene = Scene(shape, look, str(ground), direction="", start=start, radius=rng.uniform(16, 21),
-                      angle=rng.uniform(-0.35, 0.35), texture=int(rng.integers(TEXTURES)))
+        scene = Scene(shape, look, str(ground), direction="", start=tuple(rng.uniform(27, 37, 2)),
+                      radius=rng.uniform(16, 21), angle=rng.uniform(-0.35, 0.35),
+                      texture=int(rng.integers(TEXTURES)))
         photos.append(draw_clip(scene, frames=1))
     return np.concatenate(photos)
 
