@@ -5,12 +5,11 @@
 
 The conversion is a rename table that is strict in both directions: every official name is used or known to be
 unused, and every tensor of the networks in model.py is filled. The checkpoint stays memory-mapped, and the
-files are written one network at a time.
+files are written one network at a time. An existing folder is never replaced.
 """
 import os
 import pickle
 import re
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -19,8 +18,7 @@ from safetensors.torch import save_file
 
 from support.cli import ROOT, BadInput, FlagParser, atomic_write, check_out, lock_folder, one_line, run_script
 from support.config import BaseConfig, save_config
-from support.files import PARTS, build_part, fingerprint, from_hub, read_header
-from support.video import read_json
+from support.files import PARTS, build_part, fingerprint, from_hub
 
 # Official name -> PART/name in model.py. All rules are applied, in this order.
 RENAME = [
@@ -78,7 +76,9 @@ def main():
     p.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
                    help="of the stored UNet; text encoder and VAE are float32 (default: %(default)s)")
     args = p.parse_args()
-    check_replaced(args.out, args.checkpoint)
+    check_out(args.out)
+    if args.out.exists():
+        raise BadInput(f"--out {args.out}: exists already; name another folder, or move this one away")
     path = args.checkpoint or from_hub(REPO, FILE, "checkpoint", "pass its path")
     convert(path, args.out, BaseConfig(), getattr(torch, args.dtype))
     print(f"wrote {args.out}: config.json, " + ", ".join(f"{part}.safetensors" for part in PARTS))
@@ -93,13 +93,13 @@ def convert(path, out, config, dtype):
         """Our name -> tensor of our shape, in the checkpoint's own precision."""
         return {ours: official[name].reshape(shape) for ours, (name, shape) in plan[part].items()}
 
-    with lock_folder(out), ExitStack() as files:
-        check_replaced(out, path)
+    with lock_folder(out.parent), atomic_write(out) as folder:
+        folder.mkdir()
         # The fingerprint is of the checkpoint's own values, so --dtype does not change it.
         values = ((f"{part}.{name}", tensor) for part in PARTS
                   for name, tensor in sorted(part_tensors(part).items()))
         config.fingerprint = fingerprint(values)
-        save_config(config, files.enter_context(atomic_write(out / "config.json")))
+        save_config(config, folder / "config.json")
         for part in PARTS:
             cast = dtype if part == "unet" else torch.float32
             state = {name: tensor.to(cast).contiguous() for name, tensor in part_tensors(part).items()}
@@ -107,20 +107,7 @@ def convert(path, out, config, dtype):
             if bad:
                 raise BadInput(f"{path}: {plan[part][bad[0]][0]} has values that are not finite in {cast}; "
                                f"try --dtype float32, or download the file again")
-            temporary = files.enter_context(atomic_write(out / f"{part}.safetensors"))
-            save_file(state, temporary, {"fingerprint": config.fingerprint})
-
-
-def check_replaced(out, checkpoint):
-    """Raises BadInput unless the files in `out` that would be replaced are those of a base."""
-    check_out(out)
-    files = [out / "config.json", *(out / f"{part}.safetensors" for part in PARTS)]
-    if checkpoint and checkpoint.resolve() in [file.resolve() for file in files]:
-        raise BadInput(f"--out {out}: {checkpoint} would be overwritten; name another folder")
-    for file in filter(Path.exists, files):
-        header = read_header(file) if file.suffix == ".safetensors" else read_json(file) or {}
-        if "fingerprint" not in header:
-            raise BadInput(f"--out {out}: {file.name} in it belongs to another model; name another folder")
+            save_file(state, folder / f"{part}.safetensors", {"fingerprint": config.fingerprint})
 
 
 def match_names(path, shapes, config):

@@ -19,7 +19,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from model import NOISE_LEVELS, Z_CHANNELS, Tokenizer, pixels
 from support.cli import BadInput, one_line, warn
-from support.texts import check_photos, read_caption, subject_caption
+from support.texts import read_caption, subject_caption
 from support.video import VIDEOS, first_frames
 
 # "{}" is "V* dog". A few templates keep V* from binding to the words around it.
@@ -141,6 +141,21 @@ def load_photos(folder, height, width, placeholder, class_word):
               for path, image in pictures]
     check_photos(photos, height, width)
     return photos
+
+
+def check_photos(photos, height, width):
+    """Warns about photos that are too small or lose more than half to the crop, and about stray captions."""
+    for photo in photos:
+        w, h = photo.image.size
+        if w < width or h < height:
+            warn(f"{photo.path}: smaller than {width}x{height} pixels, so enlarged; a larger one shows more")
+        if not 0.5 <= (w * height) / (h * width) <= 2:
+            warn(f"{photo.path}: a crop of {width}x{height} pixels loses more than half; crop nearer to that "
+                 f"shape, or change --height and --width")
+    captions = {photo.path.with_suffix(".txt") for photo in photos}
+    for path in sorted(photos[0].path.parent.iterdir()):
+        if path.suffix.lower() in (".txt", ".caption") and path not in captions:
+            warn(f"{path}: skipped; the caption of a photo NAME.jpg is NAME.txt")
 
 
 def load_prior(folder, count, num_frames, height, width):

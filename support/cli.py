@@ -26,15 +26,13 @@ class BadInput(Exception):
 def run_script(main):
     """Runs `main()`. A user's mistake becomes one line on stderr and exit code 2.
 
-    A stop signal ends the process by that signal, so that the exit code reports it (130, 143 or 129). Any
+    A signal that stopped a training ends the process, so that the exit code reports it (130, 143 or 129). Any
     other error shows Python's traceback, because it helps whoever changes this code.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's streams cannot be reconfigured
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
     warnings.formatwarning = lambda message, *_: f"warning: {one_line(message)}\n"
-    for number in stop_numbers():
-        signal.signal(number, raise_interrupt)
     try:
         main()
         if dist.is_initialized():
@@ -57,16 +55,6 @@ def run_script(main):
             raise
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
-
-
-def stop_numbers():
-    """The signals that ask a script to stop, except those that are ignored, as SIGHUP is under nohup."""
-    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}    # not on Windows
-    return {number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN}
-
-
-def raise_interrupt(number, frame):
-    raise KeyboardInterrupt(number)
 
 
 def one_line(error):
@@ -208,7 +196,11 @@ def stop_signals(process):
             agreed.append(int(number))
         return bool(number)
 
-    before = {number: signal.signal(number, note) for number in stop_numbers()}
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}    # not on Windows
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:       # as SIGHUP is under nohup
+            signal.signal(number, note)
     try:
         yield asked_to_stop
         wait_for_all(process)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -164,11 +164,9 @@ def save_subject(path, subject: Subject):
 
 def read_header(path):
     """The header of a .safetensors file, or {} if it is missing or cannot be read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError):
-        return {}
+    with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+    return {}
 
 
 def load_subject(path, base: Base, kind=Subject):

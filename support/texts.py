@@ -1,5 +1,4 @@
-"""Captions and prompts: where they come from, and whether V* is in them; warnings about poor photos."""
-import os
+"""Captions and prompts: where they come from, and whether V* is in them."""
 import re
 
 from model import TEXT_LENGTH, Tokenizer
@@ -22,16 +21,13 @@ def placeholders_like(prompt):
 # Captions
 
 
-def caption_file(picture):
-    """NAME.jpg -> NAME.txt, which may not exist."""
-    return picture.with_suffix(".txt")
-
-
 def read_caption(picture):
-    """The caption beside a picture, on one line; empty if it has none. Raises BadInput unless it is UTF-8."""
-    path = caption_file(picture)
+    """The caption in NAME.txt beside NAME.jpg, on one line, or "". Raises BadInput unless it is UTF-8."""
+    path = picture.with_suffix(".txt")
     try:
-        return " ".join(path.read_text(encoding="utf-8-sig").split()) if os.path.exists(path) else ""
+        return " ".join(path.read_text(encoding="utf-8-sig").split())
+    except FileNotFoundError:
+        return ""
     except (ValueError, OSError) as error:
         raise BadInput(f"{path}: not a readable UTF-8 text file ({one_line(error)})") from None
 
@@ -41,7 +37,7 @@ def subject_caption(picture, placeholder, class_word):
 
     Raises BadInput if the caption has neither, or if the placeholder comes too late to be read.
     """
-    path, caption = caption_file(picture), read_caption(picture)
+    path, caption = picture.with_suffix(".txt"), read_caption(picture)
     if not caption:
         return caption
     if not Tokenizer.splitter_at([placeholder]).search(caption):
@@ -52,26 +48,6 @@ def subject_caption(picture, placeholder, class_word):
         warn(f"{path}: lacks {placeholder}; read as {caption!r}")
     tokens_of([caption], [placeholder], path)
     return caption
-
-
-def check_photos(photos, height, width):
-    """Warns about photos that are too small or lose more than half to the crop, and about stray captions."""
-    small = f"smaller than {width}x{height} pixels, so enlarged; larger photos show more detail"
-    cut = (f"a crop of {width}x{height} pixels loses more than half; crop nearer to that shape, or change "
-           f"--height and --width")
-    stray = "skipped; the caption of a photo NAME.jpg is NAME.txt"
-    problems, folder = {small: [], cut: []}, photos[0].path.parent
-    for photo in photos:
-        w, h = photo.image.size
-        if w < width or h < height:
-            problems[small].append(photo.path.name)
-        if not 0.5 <= (w * height) / (h * width) <= 2:
-            problems[cut].append(photo.path.name)
-    texts = {path for path in folder.iterdir() if path.suffix.lower() in (".txt", ".caption")}
-    problems[stray] = sorted(path.name for path in texts - {caption_file(photo.path) for photo in photos})
-    for problem, names in problems.items():
-        if names:
-            warn(f"{folder}: {', '.join(names)}: {problem}")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -165,17 +165,11 @@ def test_files_that_are_not_checkpoints_are_refused(tmp_path, monkeypatch):
         with pytest.raises(BadInput, match=message) as caught:
             convert(Path(name), tmp_path / "base", BaseConfig(**SMALL), torch.float32)
         assert name in str(caught.value) and "\n" not in str(caught.value)
-        assert not Path("exploded").exists() and not files_of(tmp_path / "base")
+        assert not Path("exploded").exists() and not (tmp_path / "base").exists()
 
 
-def files_of(folder):
-    """Name -> content of a folder's files, without hidden ones such as the lock."""
-    return {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
-
-
-def test_a_finished_base_survives_a_failed_conversion(convert_state, monkeypatch):
-    out = convert_state(golden_state())
-    before, written = files_of(out), []
+def test_a_conversion_that_fails_leaves_nothing(convert_state, tmp_path, monkeypatch):
+    written = []
 
     def fails_at_the_second_network(*args):
         written.append(args)
@@ -183,33 +177,21 @@ def test_a_finished_base_survives_a_failed_conversion(convert_state, monkeypatch
             raise OSError("the disk is gone")
         save_file(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(convert_ckpt, "save_file", fails_at_the_second_network)
-        with pytest.raises(OSError, match="the disk is gone"):
-            convert_state(golden_state(), dtype=torch.bfloat16)
-    assert files_of(out) == before and not list(out.glob(".tmp-*"))
-    convert_state(golden_state(), dtype=torch.bfloat16)                     # a whole one replaces it
-    after = files_of(out)
-    assert after.keys() == before.keys() and after["unet.safetensors"] != before["unet.safetensors"]
+    monkeypatch.setattr(convert_ckpt, "save_file", fails_at_the_second_network)
+    with pytest.raises(OSError, match="the disk is gone"):
+        convert_state(golden_state())
+    assert {path.name for path in tmp_path.iterdir()} == {"model.ckpt", ".writer.lock"}
 
 
-def test_other_models_files_are_never_overwritten(convert_state, tmp_path):
-    out = tmp_path / "base"
-    out.mkdir()
-    (out / "thesis.txt").write_text("mine")
-    for name in ("config.json", "unet.safetensors"):
-        if name == "config.json":
-            (out / name).write_text('{"_class_name": "UNet2DConditionModel"}')
-        else:
-            save_file({"conv_in.weight": torch.ones(1)}, out / name)
-        before = files_of(out)
-        with pytest.raises(BadInput, match=f"{name} in it belongs to another model"):
-            convert_state(golden_state())
-        assert files_of(out) == before
-        (out / name).unlink()
-    convert_state(golden_state())
-    assert (out / "thesis.txt").read_text() == "mine"
-    load_base(out)
+def test_an_existing_folder_is_never_replaced(convert_state, tmp_path, call):
+    """Neither before the conversion, nor if another run has made it meanwhile."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "thesis.txt").write_text("mine")
+    with pytest.raises(OSError, match="not empty"):
+        convert_state(golden_state())
+    error = call(convert_ckpt, "model.ckpt", "--out", "base", code=2).err
+    assert error == "error: --out base: exists already; name another folder, or move this one away\n"
+    assert [path.name for path in (tmp_path / "base").iterdir()] == ["thesis.txt"]
 
 
 def test_command_line_refuses_in_one_line(call, tmp_path):

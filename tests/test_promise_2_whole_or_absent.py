@@ -109,11 +109,11 @@ def test_saves_are_whole_at_every_kill(tmp_path):
     assert kills > 8
 
 
-def test_a_base_is_absent_until_its_last_file_is_there(tmp_path):
+def test_a_base_is_absent_until_it_is_whole(tmp_path):
     torch.save({"state_dict": golden_state()}, tmp_path / "model.ckpt")
     main = lambda: convert(tmp_path / "model.ckpt", Path("base"), BaseConfig(**SMALL), torch.float32)
     assert wait(fork(main, [], tmp_path)) == 0
-    for cwd in killed(main, tmp_path, [4], ("replace",)):   # before the last of four files gets its name
+    for cwd in killed(main, tmp_path, [1], ("replace",)):   # before the folder gets its name
         with pytest.raises(BadInput, match="config.json: no such file"):
             load_base(cwd / "base")
         assert wait(fork(main, [], cwd)) == 0, (cwd / "output").read_text()

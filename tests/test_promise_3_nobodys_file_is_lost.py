@@ -10,13 +10,11 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from makers import SMALL, fork, golden_state, random_subject, wait, wait_for
-import convert_ckpt
+from makers import fork, random_subject, wait, wait_for
 import sample
 import support.runs
 import train
 from support.cli import BadInput, lock_folder
-from support.config import BaseConfig
 from support.files import find_subjects, save_subject
 from support.runs import latest_run, lock_run, save_training, saves, steps_done
 
@@ -27,7 +25,7 @@ def flags(base_folder, photos_folder):
     train_flags = ["--base", base_folder, "--images", photos_folder, "--class_word", "dog", "--alpha", 0,
                    "--steps", 2, "--save_every", 1, "--keep_last", 1, "--preview_every", 2]
     sample_flags = ["--base", base_folder, "--subject", "none", "--prompt", "a dog", "--seed", 5]
-    return {train: train_flags, sample: [*sample_flags, "--format", "gif"], convert_ckpt: ["model.ckpt"]}
+    return {train: train_flags, sample: [*sample_flags, "--format", "gif"]}
 
 
 @pytest.fixture()
@@ -104,10 +102,8 @@ def test_a_thousand_videos_are_listed_at_once(flags, call, monkeypatch):
     assert 1000 <= len(paths) < 3000
 
 
-@pytest.mark.parametrize("script", [train, sample, convert_ckpt])
-def test_a_second_run_into_a_folder_is_refused(flags, call, tmp_path, monkeypatch, script):
-    torch.save({"state_dict": golden_state()}, tmp_path / "model.ckpt")
-    monkeypatch.setattr(convert_ckpt, "BaseConfig", lambda: BaseConfig(**SMALL))
+@pytest.mark.parametrize("script", [train, sample])
+def test_a_second_run_into_a_folder_is_refused(flags, call, tmp_path, script):
     with lock_folder(tmp_path / "out"):
         error = call(script, *flags[script], "--out", "out", code=2).err.splitlines()[-1]
     assert error.startswith("error: out: another run is writing there") and "delete out/.writer.lock" in error
