@@ -1,15 +1,12 @@
 """The paper's metrics: CLIP-T, CLIP-I, DINO-I and temporal consistency; and motion, which none of them sees.
 
-    python paper/evaluate.py --videos outputs/x --images photos/dog           # weights from the hub
-    python paper/evaluate.py --videos outputs/x outputs/y --base_videos outputs/base --images photos/dog
-    python paper/evaluate.py --videos outputs/x --images photos/dog --clip open_clip_model.safetensors \\
-                             --dino model.safetensors
+    python paper/evaluate.py --videos outputs/x outputs/base --images photos/dog
 
-Reads the videos that sample.py wrote, and each video's prompt from the JSON beside it. The numbers follow
+Reads the mp4s that sample.py wrote, and each video's prompt from the JSON beside it. The numbers follow
 DreamVideo's published protocol: features are L2-normalised; all frames count; a video's number is the mean
-over its frames or its (photo, frame) pairs; a folder's number is the plain mean over its videos. Clips of the
-base alone (`sample.py --subject none`) with the same prompt and seed show the motion that a subject's video
-should keep. Prints a line per folder, and writes evaluation.json with a row per video.
+over its frames or its (photo, frame) pairs; a folder's number is the plain mean over its videos. A folder of
+the base alone (`sample.py --subject none`) shows the motion that a subject's videos should keep. Prints a
+line per folder, and writes evaluation.json with a row per video.
 
 Shapes: T frames, N photos, D features; videos (T, H, W, 3) uint8.
 """
@@ -23,25 +20,23 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageSequence
+from PIL import Image
 from safetensors.torch import load_file
 
 from data import PICTURES, load_picture, read_folder
-from support.cli import (BadInput, FlagParser, Progress, atomic_write, check_out, join_processes, one_line,
-                         run_script, warn)
+from support.cli import (BadInput, FlagParser, atomic_write, check_out, join_processes, one_line,
+                         progress_bar, run_script, warn)
 from support.files import from_hub
 from support.texts import without_placeholders
 from support.video import check_ffmpeg, read_json
 
-METRICS = ("CLIP-T", "CLIP-I", "DINO-I", "T.Cons", "motion", "motion of base")
+METRICS = ("CLIP-T", "CLIP-I", "DINO-I", "T.Cons", "motion")
 
 
 def main():
     args = parse_args()
     device = join_processes().device
-    print(f"CLIP ViT-B/32 and DINO ViT-S/16 on {device} in float32")
-    videos = find_videos(args.videos)
-    base_videos = find_videos(args.base_videos) if args.base_videos else []
+    videos = [video for folder in dict.fromkeys(args.videos) for video in find_videos(folder)]
     pictures = read_folder(args.images, PICTURES, partial(load_picture, longest=10**6), "--images", "photos")
     photos = [photo for _, photo in pictures]
     clip, dino = load_clip(args.clip, device), load_dino(args.dino, device)
@@ -49,24 +44,17 @@ def main():
     # Compute the photos' features once, and compare every video with them.
     clip_photos, dino_photos = clip.images(photos), dino.images(photos)                     # (N, D) each
     rows = []
-    for path, job in Progress(videos, desc="evaluate", unit="video"):
-        video, row = read_video(path, job), describe(path, job)                             # (T, H, W, 3)
+    for path, job in progress_bar(videos, desc="evaluate", unit="video"):
+        video = read_video(path, job)                                                       # (T, H, W, 3)
+        text = without_placeholders(job["prompt"], [subject["placeholder"] for subject in job["subjects"]])
         frames = [Image.fromarray(frame) for frame in video]
         clip_frames, dino_frames = clip.images(frames), dino.images(frames)                 # (T, D) each
-        row["CLIP-T"] = cosines(clip.text(row["text"]), clip_frames)
-        row["CLIP-I"] = cosines(clip_photos, clip_frames)
-        row["DINO-I"] = cosines(dino_photos, dino_frames)
-        row["T.Cons"] = consistency(clip_frames)
-        row["motion"] = motion(video)
-        rows.append(row)
-
-    # Put the motion of the base with the same text and seed beside each video's own.
-    base_motion = {(row["text"], row["seed"]): row["motion"] for row in rows if not row["subjects"]}
-    for path, job in base_videos:
-        row = describe(path, job)
-        base_motion[row["text"], row["seed"]] = motion(read_video(path, job))
-    for row in rows:
-        row["motion of base"] = base_motion.get((row["text"], row["seed"]))
+        rows.append({"folder": str(path.parent), "video": path.name, "text": text, "seed": job["seed"],
+                     "CLIP-T": cosines(clip.text(text), clip_frames),
+                     "CLIP-I": cosines(clip_photos, clip_frames),
+                     "DINO-I": cosines(dino_photos, dino_frames),
+                     "T.Cons": consistency(clip_frames),
+                     "motion": motion(video)})
     report(rows, args.out or args.videos[0])
 
 
@@ -80,21 +68,20 @@ def cosines(a, b):
 
 
 def consistency(frames):
-    """Features of frames (T, D) -> T.Cons, the mean cosine of neighbours: 1 if frozen, None if T = 1."""
-    return (frames[1:] * frames[:-1]).sum(dim=1).mean().item() if len(frames) > 1 else None
+    """Features of frames (T, D) -> T.Cons, the mean cosine of neighbours: 1 if frozen, nan if T = 1."""
+    return (frames[1:] * frames[:-1]).sum(dim=1).mean().item()
 
 
-def motion(video, width=128, block=16, reach=8, explained=0.5, visible=2.0):
+def motion(video):
     """How far things move between frames: (T, H, W, 3) uint8 -> mean over blocks, in percent of the
-    picture's width, or None if T = 1.
+    picture's width; nan if T = 1.
 
     Each block of 16 x 16 pixels, in a picture at most 128 wide, is searched for in the next frame, up to 8
     pixels away, whatever its brightness and contrast there. A displacement counts only if it more than halves
     the block's residual, and if that is above 2 grey levels, so noise and flicker count as no motion.
     """
-    if len(video) < 2:
-        return None
-    width = max(block, min(width, video.shape[2]) // block * block)
+    block, reach = 16, 8
+    width = max(block, min(128, video.shape[2]) // block * block)
     size = (max(block, round(width * video.shape[1] / video.shape[2] / block) * block), width)
     grey = torch.from_numpy(video).float().mean(dim=-1, keepdim=True).permute(0, 3, 1, 2)   # (T, 1, H, W)
     grey = F.interpolate(grey, size, mode="area")
@@ -111,7 +98,7 @@ def motion(video, width=128, block=16, reach=8, explained=0.5, visible=2.0):
     residuals = torch.stack(residuals)                                      # (ways, T-1, 1, H/16, W/16)
     least, best = residuals.min(dim=0)
     length = torch.tensor([np.hypot(*way) for way in displacements])[best]
-    counts = (least < explained * residuals[0]) & (residuals[0] > visible ** 2)
+    counts = (least < 0.5 * residuals[0]) & (residuals[0] > 2 ** 2)
     return (length * counts).mean().item() / width * 100
 
 
@@ -119,31 +106,30 @@ def motion(video, width=128, block=16, reach=8, explained=0.5, visible=2.0):
 # The towers
 
 
-class Tower(torch.nn.Module):
+class Tower:
     """A frozen image model (for CLIP, with its text model) in float32, whose features are L2-normalised."""
 
-    def __init__(self, model, encode, resize, mean, std, tokenizer=None):
-        super().__init__()
+    def __init__(self, model, encode, device, resize, mean, std, tokenizer=None):
         from torchvision import transforms
-        self.model, self.encode, self.tokenizer = model.eval().requires_grad_(False), encode, tokenizer
+        self.model, self.encode = model.to(device).eval(), encode
+        self.device, self.tokenizer = device, tokenizer
         self.transform = transforms.Compose([
             transforms.Resize(resize, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224),
             transforms.ToTensor(), transforms.Normalize(mean, std)])
 
     @torch.no_grad()
-    def images(self, pictures, batch=16):
+    def images(self, pictures):
         """List of N RGB pictures of any size -> (N, D)."""
-        device = next(self.model.parameters()).device
         features = []
-        for i in range(0, len(pictures), batch):
-            x = torch.stack([self.transform(picture) for picture in pictures[i:i + batch]])
-            features.append(self.encode(self.model, x.to(device)))
+        for i in range(0, len(pictures), 16):   # 16 at once
+            x = torch.stack([self.transform(picture) for picture in pictures[i:i + 16]])
+            features.append(self.encode(x.to(self.device)))
         return F.normalize(torch.cat(features).float().cpu(), dim=1)
 
     @torch.no_grad()
     def text(self, text):
         """A text -> (1, D)."""
-        tokens = self.tokenizer([text]).to(next(self.model.parameters()).device)
+        tokens = self.tokenizer([text]).to(self.device)
         return F.normalize(self.model.encode_text(tokens).float().cpu(), dim=1)
 
 
@@ -155,7 +141,7 @@ def load_clip(path, device):
     load_weights(model, path, "--clip", repository, "open_clip_model.safetensors")
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     tokenizer = open_clip.get_tokenizer("ViT-B-32-quickgelu")
-    return Tower(model, lambda model, x: model.encode_image(x), 224, mean, std, tokenizer).to(device)
+    return Tower(model, model.encode_image, device, 224, mean, std, tokenizer)
 
 
 def load_dino(path, device):
@@ -164,88 +150,65 @@ def load_dino(path, device):
     model = timm.create_model("vit_small_patch16_224", num_classes=0)
     load_weights(model, path, "--dino", "timm/vit_small_patch16_224.dino", "model.safetensors")
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    return Tower(model, lambda model, x: model(x), 256, mean, std).to(device)
+    return Tower(model, model, device, 256, mean, std)
 
 
 def load_weights(model, path, flag, repository, file):
-    """Loads a local file, or else the hub's, into `model`. Raises BadInput. Runs nothing in the file."""
+    """Loads a local safetensors file, or else the hub's, into `model`. Raises BadInput."""
     path = path or from_hub(repository, file, flag, f"name it with {flag} PATH")
     try:
-        if path.suffix == ".safetensors":
-            model.load_state_dict(load_file(path))
-        else:
-            model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # pickle, zip, TorchScript and safetensors each raise errors of their own
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"{flag} {path}: not the weights of this model ({reason}); pass {file} of "
-                       f"{repository}") from None
+        model.load_state_dict(load_file(path))
+    except Exception as error:  # safetensors and PyTorch each raise errors of their own
+        raise BadInput(f"{flag} {path}: not the weights of this model ({one_line(error)}); "
+                       f"pass {file} of {repository}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Videos and tables
 
 
-def find_videos(folders):
-    """Folders -> list of (video file, the content of its JSON). Raises BadInput if a folder has no video."""
+def find_videos(folder):
+    """Folder of videos -> list of (mp4, the content of its JSON). Raises BadInput if an mp4 is missing."""
     videos = []
-    for folder in dict.fromkeys(folders):   # once each
-        before = len(videos)
-        for path in sorted(folder.glob("*.json")):
-            job, files = read_json(path) or {}, [path.with_suffix(".mp4"), path.with_suffix(".gif")]
-            file = next((file for file in files if file.exists()), None)
-            if not file or not {"prompt", "seed", "subjects"} <= job.keys():
-                continue    # not the JSON of a video, such as evaluation.json
-            if job.get("compare"):
-                warn(f"{path}: shows several videos side by side (--compare); skipped")
-            else:
-                videos.append((file, job))
-        if len(videos) == before:
-            raise BadInput(f"{folder}: has no video with its JSON; name a folder that sample.py wrote into")
+    for path in sorted(folder.glob("*.json")):
+        job, mp4 = read_json(path) or {}, path.with_suffix(".mp4")
+        if "subjects" not in job:
+            continue    # not the JSON of a video, such as evaluation.json
+        if job["compare"]:
+            warn(f"{path}: shows several videos side by side (--compare); skipped")
+        elif mp4.exists():
+            videos.append((mp4, job))
+        else:
+            raise BadInput(f"{mp4}: no such file; sample it again with --format mp4, or delete {path.name}")
+    if not videos:
+        raise BadInput(f"{folder}: has no video with its JSON; name a folder that sample.py wrote into")
     return videos
 
 
 def read_video(path, job):
-    """mp4 or gif -> video (T, H, W, 3). Raises BadInput if it cannot be read, or has lost frames."""
+    """mp4 -> video (T, H, W, 3). Raises BadInput if it cannot be read, or has lost frames."""
     import imageio.v3 as iio
     try:
-        if path.suffix == ".mp4":
-            video = iio.imread(path, plugin="FFMPEG")
-        else:       # imageio would let Pillow open other formats too, and run PostScript
-            with Image.open(path, formats=["GIF"]) as gif:
-                video = np.stack([frame.convert("RGB") for frame in ImageSequence.Iterator(gif)])
-        if len(video) != job.get("frames", len(video)):
+        video = iio.imread(path, plugin="FFMPEG")
+        if len(video) != job["frames"]:
             raise ValueError(f"it has {len(video)} of {job['frames']} frames")
         return video
-    except Exception as error:  # imageio's plugins each raise errors of their own
-        if path.suffix == ".mp4":
-            check_ffmpeg(path, "or move the mp4 away if its gif will do")
+    except Exception as error:  # imageio and ffmpeg each raise errors of their own
         raise BadInput(f"{path}: not a readable video ({one_line(error)}); "
                        f"delete its JSON and sample it again") from None
-
-
-def describe(path, job):
-    """The row of a video, without metrics. Its text is the prompt without V*, which CLIP cannot read."""
-    text = without_placeholders(job["prompt"], [subject["placeholder"] for subject in job["subjects"]])
-    return {"folder": str(path.parent), "video": path.name, "text": text, "seed": job["seed"],
-            "subjects": " ".join(subject["class_word"] for subject in job["subjects"])}
 
 
 def report(rows, out):
     """Prints a line of means and standard errors per folder, and writes evaluation.json."""
     print("| | videos | " + " | ".join(METRICS) + " |\n" + "|---" * (2 + len(METRICS)) + "|")
-    folders = {}
-    for folder in dict.fromkeys(row["folder"] for row in rows):
-        own_rows, cells, folders[folder] = [row for row in rows if row["folder"] == folder], [], {}
+    for folder, own_rows in itertools.groupby(rows, key=lambda row: row["folder"]):
+        own_rows, cells = list(own_rows), []
         for metric in METRICS:
-            values = [row[metric] for row in own_rows if row[metric] is not None]
-            if values:
-                mean, error = float(np.mean(values)), float(np.std(values) / len(values) ** 0.5)
-                folders[folder][metric] = mean, error, len(values)
-            cells.append(f"{mean:.3f} ± {error:.3f}" if values else "–")
+            values = [row[metric] for row in own_rows]
+            cells.append(f"{np.mean(values):.3f} ± {np.std(values) / len(values) ** 0.5:.3f}")
         print(f"| {folder} | {len(own_rows)} | " + " | ".join(cells) + " |")
     with atomic_write(out / "evaluation.json") as temporary:
-        content = {"folders": folders, "videos": rows}
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps({"videos": rows}, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {out / 'evaluation.json'}")
 
 
@@ -254,14 +217,11 @@ def parse_args():
     p.add_argument("--videos", type=Path, nargs="+", required=True,
                    help="folders that sample.py wrote into; each is a line of the table")
     p.add_argument("--images", type=Path, required=True, help="folder with the subject's photos")
-    p.add_argument("--base_videos", type=Path, nargs="+", default=[],
-                   help="folders with clips of the base (sample.py --subject none), same prompts and seeds")
-    p.add_argument("--clip", type=Path,
-                   help="weights of OpenAI's ViT-B/32 as open_clip names them (default: from the hub)")
-    p.add_argument("--dino", type=Path,
-                   help="weights of DINO's ViT-S/16 as timm names them (default: from the hub)")
+    p.add_argument("--clip", type=Path, help="safetensors of OpenAI's ViT-B/32 (default: from the hub)")
+    p.add_argument("--dino", type=Path, help="safetensors of DINO's ViT-S/16 (default: from the hub)")
     p.add_argument("--out", type=Path, help="folder for evaluation.json (default: the first of --videos)")
     args = p.parse_args()
+    check_ffmpeg("--videos", "or evaluate on another machine")
     if args.out:
         check_out(args.out)
     return args

@@ -136,11 +136,14 @@ class Subject:
 
     def metadata(self):
         """The file's header. lora_alpha = rank tells readers of PEFT files that lambda is the only scale."""
-        ranks = {name: len(A) for name, (A, B) in self.lora.items()}
-        return {"placeholder": self.placeholder, "class_word": self.class_word, "base_name": self.base_name,
-                "base_fingerprint": self.base_fingerprint, "steps": str(self.steps),
-                "settings": json.dumps(self.settings), "layers": json.dumps(ranks),
-                "lora_alpha": " ".join(map(str, sorted(set(ranks.values()))))}
+        metadata = {"placeholder": self.placeholder, "class_word": self.class_word,
+                    "base_name": self.base_name, "base_fingerprint": self.base_fingerprint,
+                    "steps": str(self.steps), "settings": json.dumps(self.settings)}
+        if self.lora:
+            ranks = {name: len(A) for name, (A, B) in self.lora.items()}
+            metadata["layers"] = json.dumps(ranks)
+            metadata["lora_alpha"] = " ".join(map(str, sorted(set(ranks.values()))))
+        return metadata
 
     def read_layers(self, metadata, tensors, unet):
         """Takes the layers that the header lists from a file's tensors. Raises KeyError or ValueError."""

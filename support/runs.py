@@ -141,11 +141,11 @@ def run_settings(args, training, sampling, base, photos, prior_files, process):
 
     Raises BadInput if the processes differ in one, because nodes may have other files under the same names.
     """
-    settings = {name: getattr(training, name) for name in ("rank", "lr", "scale_lr", "frames", "weight_decay",
-                                                            "alpha", "caption_dropout")}
+    settings = {name: getattr(args, name) for name in ("targets", "seed", "placeholder", "class_word",
+                                                        "no_flip", "word_lr")}
+    for name in ("rank", "lr", "scale_lr", "frames", "weight_decay", "alpha", "caption_dropout"):
+        settings[name] = getattr(training, name)
     settings |= {name: getattr(sampling, name) for name in ("height", "width", "fps")}
-    for name in ("seed", "placeholder", "class_word", "no_flip", "targets", "word_lr"):
-        settings[name] = getattr(args, name)
     config = asdict(base.config)
     for name in ("name", "sampling", "training"):
         del config[name]

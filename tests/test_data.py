@@ -47,11 +47,6 @@ def test_exif_orientation_is_applied(tmp_path):
     assert np.array_equal(upright, np.rot90(gradient(), -1))
 
 
-def test_large_photos_are_shrunk_once(tmp_path):
-    Image.fromarray(gradient(400, 300)).save(tmp_path / "big.png")
-    assert min(load_picture(tmp_path / "big.png", 32).size) == 64
-
-
 def test_crop_is_the_centre_and_fills_the_frame():
     for size in [(60, 40), (40, 60), (48, 32), (7, 200), (1, 1)]:
         frame = crop(Image.fromarray(np.full((size[1], size[0], 3), 200, np.uint8)), 32, 48)

@@ -8,7 +8,6 @@ from PIL import EpsImagePlugin, Image
 
 from makers import Bomb, random_subject
 from data import load_photos, load_prior
-from paper.baselines import load_dreamvideo
 from paper.evaluate import read_video
 from support.cli import BadInput
 from support.files import load_base, load_subject
@@ -21,7 +20,7 @@ def resume(save, base):
 
 
 @pytest.mark.parametrize("name, read", [
-    ("subject.safetensors", load_subject), ("subject.safetensors", load_dreamvideo),
+    ("subject.safetensors", load_subject),
     ("unet.safetensors", lambda path, base: load_base(path.parent)),
     ("state.pt", lambda path, base: resume(path.parent, base))])
 def test_a_pickle_that_would_run_code_is_refused(base, tmp_path, monkeypatch, name, read):
@@ -60,5 +59,5 @@ def test_a_photo_a_preview_or_a_video_that_is_postscript_is_not_run(postscript, 
     preview = postscript("preview.png")
     with pytest.raises(OSError, match="cannot identify image file"):
         save_preview(preview, np.zeros((1, 4, 32, 48, 3), np.uint8), "a dog")
-    with pytest.raises(BadInput, match="x.gif: not a readable video"):
-        read_video(postscript("x.gif"), {})
+    with pytest.raises(BadInput, match="x.mp4: not a readable video"):
+        read_video(postscript("x.mp4"), {})

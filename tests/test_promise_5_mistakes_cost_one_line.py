@@ -26,7 +26,7 @@ from data import Photo, check_photos, load_photos
 from support.cli import BadInput, progress_bar, run_script, warn
 from support.config import load_config, save_config
 from support.files import find_subjects, load_base, save_subject
-from support.texts import read_caption, subject_caption, tokens_of
+from support.texts import read_caption, subject_caption
 
 SCRIPTS = {"train": train, "sample": sample, "convert_ckpt": convert_ckpt}
 
@@ -215,11 +215,6 @@ def test_files_of_a_photo_folder_that_are_not_read_are_named(tmp_path, capsys):
     heic, mp4, broken, more = capsys.readouterr().err.splitlines()
     assert ".heic is not read" in heic and ".mp4 is not read" in mp4
     assert "broken.jpg: not readable" in broken and "more: subfolders are not read" in more
-
-
-def test_a_long_negative_prompt_is_named(capsys):
-    tokens_of(["bad " * 80], [], "--negative_prompt")
-    assert "--negative_prompt: only 75 tokens are read" in capsys.readouterr().err
 
 
 def test_a_newer_subject_that_is_skipped_is_named(base, tmp_path, monkeypatch, capsys):

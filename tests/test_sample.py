@@ -192,20 +192,16 @@ def test_long_and_poor_prompts(dog, tmp_path, call):
     assert "dropped" in warning and "grass" in warning
     assert "V* comes after the 75 tokens" in call(script, *flags, "on " * 80 + "V* dog", code=2).err
     assert "lacks V*" in call(script, *flags, "a dog").err
-    call(script, *flags, "a V* dog", "--negative_prompt", "blurred", "--out", "negative")
+    negative = ["--negative_prompt", "blurred " * 80, "--out", "negative"]
+    assert "--negative_prompt: only 75 tokens are read" in call(script, *flags, "a V* dog", *negative).err
     call(script, *flags, "a V* dog", "--out", "plain")
     assert not np.array_equal(picture(tmp_path / "negative"), picture(tmp_path / "plain"))
 
 
 def test_from_a_notebook(base_folder, dog, tmp_path):
     """The README's code runs as it is printed, on the tiny base."""
-    code = readme_block("From a notebook").replace("toy/base", str(base_folder))
+    section = (ROOT / "README.md").read_text().split("## From a notebook")[1]
+    code = section.split("```python\n")[1].split("```")[0].replace("toy/base", str(base_folder))
     names = {}
     exec(code.replace("toy/subject.safetensors", str(tmp_path / "dog.safetensors")), names)
     assert names["video"].shape == (1, 3, 32, 48, 3) and names["video"].dtype == torch.uint8
-
-
-def readme_block(heading):
-    """The first python block of the README's section."""
-    section = (ROOT / "README.md").read_text().split(f"## {heading}")[1]
-    return section.split("```python\n")[1].split("```")[0]

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from paper.baselines import inserted_adapters, load_dreamvideo
+from paper.baselines import DreamVideoSubject, inserted_adapters
 from paper.evaluate import consistency
 from sample import ddim_steps, generate, parse_lambdas
 from support.cli import (ROOT, BadInput, FlagParser, atomic_write, check_out, join_processes,
                          of_all_processes, progress_bar, run_script)
 from support.config import check_flags
-from support.files import find_subjects, load_base, load_subject, read_header
+from support.files import Subject, find_subjects, load_base, load_subject, read_header
 from support.video import labelled
 from toy.measure import likeness, measure, pixel_features, psnr, through_vae
 from toy.world import (DIRECTIONS, GROUNDS, SIZE, SPEED, SUBJECTS, Scene, caption, colour_words,
@@ -176,7 +176,8 @@ def against(scene, measures, names):
 
 def load_learned(path, base):
     """A subject of any method -> Subject. Raises BadInput unless it was learned from one of toy/subjects."""
-    subject = (load_subject if "layers" in read_header(path) else load_dreamvideo)(path, base)
+    kind = Subject if "layers" in read_header(path) else DreamVideoSubject
+    subject = load_subject(path, base, kind)
     name = subject.settings["images"]
     if name not in SUBJECTS or subject.class_word != SUBJECTS[name][0]:
         raise BadInput(f"--subject {path}: was learned from {name}, a {subject.class_word}; the true look is "
