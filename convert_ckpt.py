@@ -4,8 +4,7 @@
     python convert_ckpt.py path/to/model.ckpt   # a local .ckpt or .safetensors file
 
 The conversion is a rename table that is strict in both directions: every official name is used or known to be
-unused, and every tensor of the networks in model.py is filled. The checkpoint stays memory-mapped, and the
-files are written one network at a time. An existing folder is never replaced.
+unused, and every tensor of the networks in model.py is filled. An existing folder is never replaced.
 """
 import os
 import pickle

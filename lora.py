@@ -67,9 +67,17 @@ class LoRALinear(nn.Module):
         return self.linear(x) + F.linear(F.linear(x, A), lam_B)             # Eq. 2; lambda = 1 in training
 
 
+class LiveLoRA(dict):
+    """Layer name -> LoRALinear. Previews set lambda here; MergedLoRA below is for sampling."""
+
+    def set(self, lam):
+        for layer in self.values():
+            layer.lam = lam
+
+
 def add_lora(unet: UNet, rank, targets="all"):
-    """Puts a LoRALinear around every target, in place. Returns name -> LoRALinear."""
-    layers = {}
+    """Puts a LoRALinear around every target, in place. Returns them."""
+    layers = LiveLoRA()
     for name in target_names(unet, targets):
         layers[name] = LoRALinear(unet.get_submodule(name), rank)
         unet.set_submodule(name, layers[name])

@@ -12,7 +12,6 @@ Shapes: B clips, T frames, L text tokens, D text width; latents z (B, 4, T, h, w
 import re
 import secrets
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from model import NOISE_LEVELS, Z_CHANNELS, Tokenizer
 from support.cli import (BadInput, FlagParser, check_out, check_same, join_processes, lock_folder,
                          of_all_processes, progress_bar, run_script, wait_for_all)
 from support.config import (SamplingDefaults, add_flags, add_speed_flags, check_flags, check_sampling,
-                            flag_names, load_config, with_flags)
+                            load_config, with_flags)
 from support.files import default_base, find_subjects, load_subject, open_base
 from support.texts import pick_prompts, tokens_of, without_placeholders
 from support.video import check_ffmpeg, free_path, save_video, sheet, side_by_side, slug
@@ -173,7 +172,7 @@ def make_videos(args, base, settings, prompts, tokens, variants, process):
     """
     recorded = video_settings(args, settings, base, variants[-1][1])
     check_same(process, subjects=recorded["subjects"])
-    with lock_folder(args.out) if process.rank == 0 else nullcontext():
+    with lock_folder(args.out, process.rank):
         # List the videos to make, with everything that determines their pixels. Skip those that exist.
         jobs = list_jobs(args, prompts, recorded) if process.rank == 0 else None
         jobs = of_all_processes(jobs, process)[0]
@@ -190,14 +189,12 @@ def make_videos(args, base, settings, prompts, tokens, variants, process):
     existing = len(prompts) * args.num - len(jobs)
     if process.rank == 0 and existing:
         print(f"{existing} of {len(prompts) * args.num} videos were there already")
-    if torch.cuda.is_available():
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GB")
-    print("wrote " + (" ".join(map(str, written)) or "nothing"))
+    print("wrote " + (" ".join(written) or "nothing"))
 
 
 def video_settings(args, settings, base, subjects):
     """Everything besides prompt and seed that determines the pixels of a video, for its JSON."""
-    recorded = {name: getattr(settings, name) for name in flag_names(SamplingDefaults)}
+    recorded = dict(vars(settings))
     if args.lambdas:
         recorded |= {"lambda_s": None, "lambda_l": None, "K": None}
     of_subjects = [{"fingerprint": subject.fingerprint(), "placeholder": subject.placeholder,
@@ -216,7 +213,7 @@ def list_jobs(args, prompts, recorded):
     for n, prompt in enumerate(prompts):
         number = f"{n:03d}-" if args.prompts else ""
         for k in range(args.seed, args.seed + args.num):
-            job = {"prompt": prompt, "seed": k, **recorded}
+            job = {**recorded, "prompt": prompt, "seed": k}
             if path := free_path(args.out, f"{number}{slug(prompt)}-{k}", job, endings):
                 jobs.append((path, n, job))
     return jobs

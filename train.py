@@ -11,7 +11,6 @@ OUT/preview.png. V* and the pairs (A, B) are trained, 96 for VideoCrafter2. Ever
 Shapes: B subject clips per process and as many prior clips, T frames, L text tokens, D text width;
 latents z (B, 4, T, h, w), 8 times smaller than pixels.
 """
-import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,13 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 from data import Samples, load_photos, load_prior, still_video
 from lora import add_lora, class_embedding
 from sample import generate
-from support.cli import (BadInput, FlagParser, join_processes, mean_over_processes, progress_bar, run_script,
-                         stop_signals)
+from support.cli import (BadInput, FlagParser, join_processes, lock_folder, mean_over_processes, progress_bar,
+                         run_script, stop_signals, wait_for_all)
 from support.config import (SamplingDefaults, TrainingDefaults, add_flags, add_speed_flags, check_flags,
                             check_sampling, check_words, load_config, loss_weights, with_flags)
 from support.files import Subject, default_base, open_base, pick_images
-from support.runs import (LiveLoRA, Log, best_effort, load_training, lock_run, pick_run, prior_folder,
-                          prior_writer, run_settings, save_preview, save_prior_clip, save_training)
+from support.runs import (Log, best_effort, load_training, lock_run, pick_run, prior_folder, run_settings,
+                          save_preview, save_prior_clip, save_training)
 
 
 class SubjectLoss(nn.Module):
@@ -132,7 +131,8 @@ def main():
     lora = {name: (layer.lora_A, layer.lora_B) for name, layer in layers.items()}
     subject = Subject(args.placeholder, args.class_word, config.name, base.config.fingerprint, 0, settings,
                       loss.v_star, lora)
-    done = load_training(last_save, subject, optimizer, training.steps) if last_save else 0
+    if last_save:
+        load_training(last_save, subject, optimizer, training.steps)
     samples = Samples(photos, args.placeholder, args.class_word, prior, args.seed, training, sampling,
                       config.vae.factor, not args.no_flip)
 
@@ -148,19 +148,19 @@ def main():
         return stop
 
     with lock_run(out, last_save, process.rank), stop_signals(process) as asked_to_stop:
-        log = Log(out, done, training.steps, process.rank)
-        fit(loss, partial(samples.share, process), optimizer, done + 1, training, process, after_step)
+        log = Log(out, subject.steps, training.steps, process.rank)
+        fit(loss, partial(samples.share, process), optimizer, subject.steps + 1, training, process,
+            after_step)
         log.close(subject)
 
 
 def scaled_lr(training, process):
     """--lr times all clips of a step, subject and prior, as in the authors' release, or --lr as it is."""
     clips = process.world * training.batch_size * training.grad_accum * (2 if training.alpha else 1)
-    lr = training.lr * clips if training.scale_lr else training.lr
+    factor = clips if training.scale_lr else 1
     if process.rank == 0:
-        source = f" = {training.lr:.3e} x {clips} clips" if training.scale_lr else ""
-        print(re.sub(r"\.?0*e-0?", "e-", f"learning rate {lr:.3e}{source}"))   # 2.4e-4 = 3e-5 x 8 clips
-    return lr
+        print(f"learning rate {training.lr * factor:g} = {training.lr:g} x {factor}")
+    return training.lr * factor
 
 
 def draw_preview(out, base, subject, layers, sampling):
@@ -168,12 +168,12 @@ def draw_preview(out, base, subject, layers, sampling):
 
     Too many steps freeze the motion. The preview shows when that begins, so that an earlier save can be used.
     """
-    prompt, lora = sampling.prompt_for([subject]), LiveLoRA(layers)
+    prompt = sampling.prompt_for([subject])
     with best_effort(f"the preview of step {subject.steps} was not drawn"):
         try:
-            videos = generate(base, [prompt] * 2, (0, 1), [subject], sampling, lora=lora).numpy()
+            videos = generate(base, [prompt] * 2, (0, 1), [subject], sampling, lora=layers).numpy()
         finally:
-            lora.set(1.0)
+            layers.set(1.0)
         save_preview(out / "preview.png", videos, f"step {subject.steps}: {prompt}")
 
 
@@ -216,13 +216,15 @@ def generate_prior(folder, caption, number, sampling, base, process):
     path = lambda k: folder / f"{k:04d}.{ending}"
     size = max(1, 8 // sampling.frames)
     batches = [range(i, i + size) for i in range(0, number, size)]
-    with prior_writer(folder, process):
+    with lock_folder(folder, process.rank, wait=True):
+        wait_for_all(process)
         mine = batches[process.rank::process.world]
         for batch in progress_bar(mine, desc="prior", unit="batch", disable=process.rank > 0):
             missing = [k for k in batch if k < number and not path(k).exists()]
             videos = generate(base, [caption] * len(batch), batch, settings=sampling) if missing else None
             for k in missing:
                 save_prior_clip(path(k), videos[k - batch[0]].numpy(), sampling.save_fps)
+        wait_for_all(process)
 
 
 # ------------------------------------------------------------------------------------------------------------

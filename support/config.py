@@ -120,14 +120,10 @@ def loss_weights(config: BaseConfig, schedule):
 # Flags that override the defaults
 
 
-def flag_names(cls):
-    return [entry.name for entry in fields(cls) if entry.metadata]
-
-
 def add_flags(parser, cls, only=None):
     """Adds a flag for each number of a class of defaults, such as --steps, or only for those in `only`."""
     for entry in fields(cls):
-        if entry.metadata and entry.name in (only or flag_names(cls)):
+        if entry.metadata and (only is None or entry.name in only):
             kind = {"action": argparse.BooleanOptionalAction} if entry.type is bool else {"type": entry.type}
             parser.add_argument(f"--{entry.name}", help=entry.metadata["help"], **kind)
 

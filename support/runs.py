@@ -10,8 +10,9 @@ import os
 import re
 import shutil
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import cache
 from itertools import count
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from support.cli import (BadInput, atomic_write, check_out, check_same, lock_folder, one_line, progress_bar,
-                         remove, wait_for_all, warn)
+                         remove, warn)
 from support.files import read_header, save_subject
 from support.video import check_ffmpeg, labelled, slug, write_mp4
 
@@ -124,7 +125,7 @@ def lock_run(out, last_save, rank):
 
     Raises BadInput if another run has written there since `last_save` was picked.
     """
-    with lock_folder(out) if rank == 0 else nullcontext():
+    with lock_folder(out, rank):
         if rank == 0:
             check_run(out, last_save)
             if continues(out, last_save):
@@ -192,8 +193,6 @@ def save_training(out, subject, optimizer, keep_last):
     Once the new save is on the disk, only the newest `keep_last` saves are kept.
     """
     save = out / f"step-{subject.steps:06d}"
-    if save in saves(out):  # the training was stopped right after a save
-        return
     with atomic_write(save) as folder:
         folder.mkdir()
         save_subject(folder / "subject.safetensors", subject)
@@ -212,7 +211,7 @@ def copy_to_run(save):
 
 
 def load_training(save, subject, optimizer, steps):
-    """Loads a save into `subject` and `optimizer` -> its step. Raises BadInput if the settings differ."""
+    """Loads a save into `subject` and `optimizer`. Raises BadInput if the settings differ."""
     try:
         state = torch.load(save / "state.pt", map_location="cpu", weights_only=True)
         step, settings, adamw = state["step"], state["settings"], state["optimizer"]
@@ -231,13 +230,12 @@ def load_training(save, subject, optimizer, steps):
             parameter.copy_(tensors[name])
     optimizer.load_state_dict(adamw)
     subject.steps = step
-    return step
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The log and the previews
 
-warned = set()
+warn_once = cache(warn)
 
 
 @contextmanager
@@ -246,9 +244,7 @@ def best_effort(failure):
     try:
         yield
     except Exception as error:
-        if failure not in warned:
-            warn(f"{failure} ({one_line(error)}); training continues")
-        warned.add(failure)
+        warn_once(f"{failure} ({one_line(error)}); training continues")
 
 
 class Log:
@@ -288,17 +284,6 @@ class Log:
             print(f"wrote {self.out / 'subject.safetensors'}")
 
 
-class LiveLoRA:
-    """Sets lambda for a preview during training, while the updates are still beside the weights."""
-
-    def __init__(self, layers):
-        self.layers = layers
-
-    def set(self, lam):
-        for layer in self.layers.values():
-            layer.lam = lam
-
-
 def save_preview(path, videos, label, width=96):
     """Adds a row of frames of videos (B, T, H, W, 3), under their label, to the picture."""
     shown = np.linspace(0, videos.shape[1] - 1, 4).round().astype(int)
@@ -320,19 +305,8 @@ def prior_folder(out, base, sampling, class_word):
     """
     if sampling.frames > 1:
         check_ffmpeg("--prior_motion", "or do without --prior_motion")
-    settings = {name: getattr(sampling, name) for name in ("frames", "height", "width", "fps", "save_fps",
-                                                            "steps", "cfg", "eta")}
-    settings |= {"class_word": class_word, "base": base.config.fingerprint, "precision": base.precision}
-    return out.parent / "prior" / f"{slug(base.config.name)}-{slug(class_word)}-{digest(settings)}"
-
-
-@contextmanager
-def prior_writer(folder, process):
-    """Lets only this run fill the prior's folder, while another run of the same class waits."""
-    with lock_folder(folder, wait=True) if process.rank == 0 else nullcontext():
-        wait_for_all(process)
-        yield
-        wait_for_all(process)
+    identity = digest([asdict(sampling), class_word, base.config.fingerprint, base.precision])
+    return out.parent / "prior" / f"{slug(base.config.name)}-{slug(class_word)}-{identity}"
 
 
 def save_prior_clip(path, video, fps):

@@ -12,11 +12,6 @@ def without_placeholders(prompt, placeholders):
     return re.sub(r"\s+([,.;:!?])", r"\1", " ".join(prompt.split()))
 
 
-def placeholders_like(prompt):
-    """The words in a prompt that look like placeholders, such as V* or <new1>."""
-    return re.findall(r"(?<!\w)(?:<[\w-]+>|[A-Za-z]\w*\*)(?!\w)", prompt)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Captions
 
@@ -82,8 +77,9 @@ def pick_prompts(args, sampling, subjects):
         prompts = [sampling.prompt_for(subjects)]
     else:
         raise BadInput("--prompt: is needed without a subject")
-    if not subjects:  # the base draws the class instead of the subject
-        prompts = [without_placeholders(prompt, placeholders_like(prompt)) for prompt in prompts]
+    if not subjects:  # the base draws the class instead of the subject, without words such as V* or <new1>
+        words = re.findall(r"(?<!\w)(?:<[\w-]+>|[A-Za-z]\w*\*)(?!\w)", "\n".join(prompts))
+        prompts = [without_placeholders(prompt, words) for prompt in prompts]
     source = f"--prompts {args.prompts}" if args.prompts else "--prompt"
     return prompts, tokens_of(prompts, placeholders, source)
 

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 from itertools import count, islice
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -70,11 +71,6 @@ def slug(text):
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "x"
 
 
-def with_ending(path, ending):
-    """FOLDER/STEM -> FOLDER/STEM.gif, also if the stem has a dot."""
-    return path.with_name(f"{path.name}{ending}")
-
-
 def free_path(folder, stem, settings, endings):
     """FOLDER/STEM, or STEM-2 and so on, for a video with these settings; None if all its files exist.
 
@@ -82,7 +78,7 @@ def free_path(folder, stem, settings, endings):
     """
     for number in count(1):
         path = folder / (stem if number == 1 else f"{stem}-{number}")
-        files = [with_ending(path, ending) for ending in (".json", *endings)]
+        files = [Path(f"{path}{ending}") for ending in (".json", *endings)]
         recorded = read_json(files[0])
         if recorded is None and not any(file.exists() for file in files):
             return path
@@ -111,9 +107,9 @@ def save_video(path, video, formats, fps, settings, pictures):
     jobs |= {f"-{name}.png": picture.save for name, picture in pictures.items()}
     jobs[".json"] = lambda file: file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     for ending, write in jobs.items():
-        with atomic_write(with_ending(path, ending)) as temporary:
+        with atomic_write(Path(f"{path}{ending}")) as temporary:
             write(temporary)
-    return [with_ending(path, ending) for ending in jobs]
+    return [f"{path}{ending}" for ending in jobs]
 
 
 # ------------------------------------------------------------------------------------------------------------

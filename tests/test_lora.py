@@ -12,7 +12,6 @@ from lora import MergedLoRA, add_lora, target_names
 from makers import random_subject
 from model import UNet, UNetConfig
 from support.files import load_base, load_subject, save_subject
-from support.runs import LiveLoRA
 
 TARGETS = pytest.mark.parametrize("targets", ["all", "cross"])
 
@@ -50,7 +49,7 @@ def test_step_zero_is_the_base_exactly(base, inputs, targets):
 @TARGETS
 def test_merged_equals_unmerged(base, base_folder, inputs, targets):
     subject, live = random_subject(base, targets=targets), load_base(base_folder)
-    live_lora = LiveLoRA(live_layers(live.unet, subject, targets))
+    live_lora = live_layers(live.unet, subject, targets)
     merged_lora = MergedLoRA(base.unet, [subject])
     with torch.no_grad():
         plain = base.unet(*inputs)

@@ -24,10 +24,10 @@ import sample
 import support.cli
 import train
 from convert_ckpt import convert
-from support.cli import BadInput, Process, atomic_write
+from support.cli import BadInput, atomic_write, lock_folder
 from support.config import BaseConfig
 from support.files import Subject, load_base
-from support.runs import (load_training, lock_run, newest_save, prior_writer, save_preview, save_prior_clip,
+from support.runs import (load_training, lock_run, newest_save, save_preview, save_prior_clip,
                           save_training, saves, steps_done)
 from support.video import free_path, save_video, write_mp4
 
@@ -85,9 +85,10 @@ def six_steps():
     optimizer = torch.optim.AdamW([v_star])
     subject = Subject("V*", "dog", "base", "f" * 16, 999_996, {}, v_star)   # 1,000,000 comes after 999,999
     save = newest_save(out)
-    done = load_training(save, subject, optimizer, steps=2_000_000) if save else subject.steps
+    if save:
+        load_training(save, subject, optimizer, steps=2_000_000)
     with lock_run(out, save, 0):
-        for subject.steps in range(done + 1, 1_000_003):
+        for subject.steps in range(subject.steps + 1, 1_000_003):
             v_star.grad = torch.full_like(v_star, subject.steps)
             optimizer.step()
             save_training(out, subject, optimizer, 2)
@@ -123,7 +124,7 @@ def test_a_base_is_absent_until_it_is_whole(tmp_path):
 
 def test_the_prior_and_videos_are_whole_at_every_kill(tmp_path):
     def main():
-        with prior_writer(Path("prior"), Process(0, 1, "cpu")):
+        with lock_folder(Path("prior"), wait=True):
             for k in range(3):
                 path = Path("prior") / f"{k:04d}.png"
                 if not path.exists():
@@ -277,7 +278,8 @@ def test_another_pytorchs_optimizer_and_files_of_file_managers_do_not_matter(sav
         change(state["optimizer"]["param_groups"][0])
         torch.save(state, file)
         again = torch.optim.AdamW([subject.v_star])
-        assert load_training(file.parent, subject, again, 9) == 1
+        load_training(file.parent, subject, again, 9)
+        assert subject.steps == 1
         again.step()
     save(2)
     assert [path.name for path in tmp_path.glob("*step-*")] == ["step-000002"]

@@ -142,8 +142,9 @@ def test_the_second_training_of_a_class_waits_for_the_prior_and_uses_it(flags, t
 
 def test_latest_looks_again_where_another_run_has_just_replaced_its_save(save, tmp_path, monkeypatch):
     """The run that saved last is found, although the save that was listed has gone."""
+    saved = save(1)
     for run in ("older", "newer"):
-        shutil.copytree(save(1), tmp_path / run / "step-000001")
+        shutil.copytree(saved, tmp_path / run / "step-000001")
         shutil.copy(tmp_path / "subject.safetensors", tmp_path / run)
     for path in (tmp_path / "older").rglob("*"):
         os.utime(path, (1, 1))

@@ -167,7 +167,7 @@ def test_a_preview_or_a_log_line_that_fails_is_only_a_warning(flags, call, tmp_p
     call(train, *flags[train], "--preview_every", 2, "--out", "watched")
     generate = train.generate
     monkeypatch.setattr(train, "generate", failing)
-    monkeypatch.setattr(support.runs, "warned", set())
+    support.runs.warn_once.cache_clear()
     (tmp_path / "out" / "log.jsonl").mkdir(parents=True)
     errors = call(train, *flags[train], "--preview_every", 2).err
     for words in ("out/log.jsonl: not written (", "the preview of step 2", "the preview of step 4"):

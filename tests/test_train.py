@@ -202,10 +202,10 @@ def test_the_rate_is_multiplied_by_all_clips_of_a_step(capsys):
         lr = train.scaled_lr(replace(TrainingDefaults(), **values), Process(0, 4, torch.device("cpu")))
         return pytest.approx(lr, rel=1e-9), capsys.readouterr().out.strip()
 
-    assert scaled() == (2.4e-4, "learning rate 2.4e-4 = 3e-5 x 8 clips")
-    assert scaled(alpha=0) == (1.2e-4, "learning rate 1.2e-4 = 3e-5 x 4 clips")
+    assert scaled() == (2.4e-4, "learning rate 0.00024 = 3e-05 x 8")
+    assert scaled(alpha=0) == (1.2e-4, "learning rate 0.00012 = 3e-05 x 4")
     assert scaled(batch_size=2, grad_accum=3)[0] == 4 * 2 * 3 * 2 * 3e-5
-    assert scaled(scale_lr=False) == (3e-5, "learning rate 3e-5")
+    assert scaled(scale_lr=False) == (3e-5, "learning rate 3e-05 = 3e-05 x 1")
 
 
 def test_the_words_rate_is_the_same_unless_it_is_given_and_never_scaled(call, flags, monkeypatch):
