@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lora import target_names
 from model import VAE, Base, TextEncoder, UNet
 from support.cli import ROOT, BadInput, atomic_write, check_same, one_line, pick_precision, warn
 from support.config import load_config
@@ -146,12 +145,9 @@ class Subject:
         return metadata
 
     def read_layers(self, metadata, tensors, unet):
-        """Takes the layers that the header lists from a file's tensors. Raises KeyError or ValueError."""
-        names = json.loads(metadata["layers"])
-        if not names.keys() <= set(target_names(unet)):
-            raise ValueError("'layers'")
-        for name in names:
-            self.lora[name] = tuple(tensors.get(f"unet.{name}.lora_{which}.weight") for which in "AB")
+        """Takes the layers that the header lists from a file's tensors. Raises KeyError if it lists none."""
+        for name in json.loads(metadata["layers"]):
+            self.lora[name] = tuple(tensors[f"unet.{name}.lora_{which}.weight"] for which in "AB")
 
     def fingerprint(self):
         """16 hex digits that identify this subject by its tensors and its metadata."""
@@ -177,20 +173,20 @@ def load_subject(path, base: Base, kind=Subject):
     path = Path(path)
     with open_safetensors(path) as file:
         metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    recorded = metadata.pop("fingerprint", None)
+    if recorded != fingerprint(sorted(tensors.items()), json.dumps(metadata, sort_keys=True)):
+        raise BadInput(f"{path}: is no subject, or its content is not what was saved; copy the file again")
+    subject = kind(metadata["placeholder"], metadata["class_word"], metadata["base_name"],
+                   metadata["base_fingerprint"], int(metadata["steps"]), json.loads(metadata["settings"]),
+                   tensors["v_star"])
+    if subject.base_fingerprint != base.config.fingerprint:
+        raise BadInput(f"{path}: was trained on the base {subject.base_name} ({subject.base_fingerprint}), "
+                       f"but this is {base.config.name} ({base.config.fingerprint}); pass that base with "
+                       f"--base, or train again")
     try:
-        subject = kind(metadata["placeholder"], metadata["class_word"], metadata["base_name"],
-                       metadata["base_fingerprint"], int(metadata["steps"]),
-                       json.loads(metadata["settings"]), v_star=tensors["v_star"])
-        if subject.base_fingerprint != base.config.fingerprint:
-            raise BadInput(f"{path}: was trained on the base {subject.base_name} "
-                           f"({subject.base_fingerprint}), but this is {base.config.name} "
-                           f"({base.config.fingerprint}); pass that base with --base, or train again")
         subject.read_layers(metadata, tensors, base.unet)
-    except (KeyError, ValueError) as error:
-        raise BadInput(f"{path}: not a subject for this command; its header has no valid {error}") from None
-    complete = subject.tensors().keys() == tensors.keys()
-    if not complete or subject.fingerprint() != metadata.get("fingerprint"):
-        raise BadInput(f"{path}: its content is not what was saved; copy the file again")
+    except KeyError as error:
+        raise BadInput(f"{path}: not a subject for this command; its header has no {error}") from None
     subject.v_star = subject.v_star.to(base.device)
     return subject
 

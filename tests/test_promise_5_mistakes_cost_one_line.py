@@ -46,7 +46,7 @@ train BASE PHOTOS --resume nowhere | --resume nowhere: no save is under nowhere
 train BASE PHOTOS --out good.safetensors/x | good.safetensors is a file or may not be written to
 sample BASE --subject nowhere.safetensors | nowhere.safetensors: no such file
 sample BASE --subject cut.safetensors | cut.safetensors: not a readable safetensors file
-sample BASE --subject plain.safetensors | plain.safetensors: not a subject for this command
+sample BASE --subject plain.safetensors | plain.safetensors: is no subject, or its content
 sample BASE --subject none | --prompt: is needed without a subject
 sample BASE --subject none --prompt a --compare | --compare: needs a subject
 sample BASE DOG --prompts empty | --prompts empty: not a readable UTF-8 text file
