@@ -5,8 +5,8 @@
     python toy/experiment.py claim --subject runs/berry     # motion and likeness of learned subjects
 
 Each prints a table, and writes a picture with example clips of every row. Numbers are means with standard
-errors: over clips, or over subjects where several share a row. In all rows of a table, clip n has the same
-seed, and its prompt asks for the same motion on the same ground. `torchrun --nproc_per_node 2
+errors: over clips, or over trainings if several of them share a row. In all rows of a table, clip n has the
+same seed, and its prompt asks for the same motion on the same ground. `torchrun --nproc_per_node 2
 toy/experiment.py ...` shares the clips between processes, which is faster on CPU cores too.
 
 Shapes: B clips, T frames; clips (B, T, H, W, 3) uint8.
@@ -16,6 +16,7 @@ import itertools
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -32,7 +33,7 @@ from support.config import check_flags
 from support.files import Subject, find_subjects, load_base, load_subject, read_header
 from support.video import labelled
 from toy.measure import likeness, measure, pixel_features, psnr, through_vae
-from toy.world import (DIRECTIONS, GROUNDS, SIZE, SPEED, SUBJECTS, Scene, caption, colour_words,
+from toy.world import (DIRECTIONS, GROUNDS, SIZE, SUBJECTS, Scene, caption, colour_words,
                        draw_clip, draw_photos, random_scene)
 
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
@@ -56,7 +57,7 @@ def main():
 
 
 def measure_base(args, base, process):
-    """Whether clips follow the captions of scenes that were never trained on; and the VAE's error.
+    """Measures how well clips follow captions of scenes that are new to the base, and the VAE's PSNR.
 
     The world's own clips, after the VAE, show how well a perfect UNet would do.
     """
@@ -68,11 +69,11 @@ def measure_base(args, base, process):
         metrics = against(scenes[n], measures, ("direction", "colour", "pattern", "shape", "ground"))
         return metrics | {"colour drift": measures.colour_drift, "shape drift": measures.shape_drift}
 
-    def from_the_world(numbers):
-        return np.stack([through_vae(base, draw_clip(scenes[n])) for n in numbers])
+    def from_the_world(indices):
+        return np.stack([through_vae(base, draw_clip(scenes[n])) for n in indices])
 
     table.fill("the world's own, after the VAE", from_the_world, judge)
-    table.fill("base", lambda numbers: sample_clips(base, captions, numbers), judge)
+    table.fill("base", lambda indices: sample_clips(base, captions, indices), judge)
     world = [draw_clip(scene, frames=1)[0] for scene in scenes]
     photos = [photo for name in SUBJECTS for photo in draw_photos(name)]
     for source, pictures in (("the world", world), ("the subjects' photos", photos)):
@@ -89,29 +90,30 @@ def measure_decision(args, base, process):
         direction, first_word = measure(clip, scenes[n].fps).direction, scenes[n].direction
         return {"first word": direction == first_word, "second word": direction == OPPOSITE[first_word]}
 
-    def sample(numbers):
+    def sample(k, indices):
         """Samples `prompts`, but after k steps the UNet reads `later_prompts` instead."""
-        later = base.encode_text([later_prompts[n] for n in numbers] + [""] * len(numbers))  # "": guidance
+        later = base.encode_text([later_prompts[n] for n in indices] + [""] * len(indices))  # "": guidance
         later_t, *_ = ddim_steps(base.schedule, base.config.sampling.steps, eta=0)[k]
         unet, two_prompts = base.unet, copy.copy(base)
         two_prompts.unet = lambda z, t, fps, context: unet(z, t, fps, later if t[0] <= later_t else context)
-        return sample_clips(two_prompts, prompts, numbers)
+        return sample_clips(two_prompts, prompts, indices)
 
     for k in (1, 2, 3, 5, 7, 10):
-        table.fill(f"k = {k}", sample, judge)
+        table.fill(f"k = {k}", partial(sample, k), judge)
 
 
 def measure_claim(args, base, process):
-    """Motion, composition and likeness of subjects at each of --lambdas, and of the base with class words.
+    """Measures motion, composition and likeness of subjects at each of --lambdas.
 
     The subjects make equal shares of a row's clips, in order. The prompts ask for every direction on every
     ground in turn.
     """
     subjects = [load_learned(path, base) for path in find_subjects(args.subject, base.config.fingerprint)]
-    if args.clips % len(subjects):
-        raise BadInput(f"--clips {args.clips}: should be a multiple of {len(subjects)}, because "
-                       f"{len(subjects)} subjects share a row's clips equally")
-    share, settings = args.clips // len(subjects), base.config.sampling
+    if not subjects or args.clips % len(subjects):
+        raise BadInput(f"--clips {args.clips}: should be a multiple of {len(subjects) or 1}, because as many "
+                       f"subjects share a row's clips equally")
+    settings, share = base.config.sampling, args.clips // len(subjects)
+    schedules = {text: parse_lambdas(text, settings.steps) for text in args.lambdas if text != "base"}
     looks = np.array([subject.settings["images"] for subject in subjects]).repeat(share)    # of each clip
     motions = itertools.cycle(itertools.product(GROUNDS, DIRECTIONS))
     scenes = [Scene(*SUBJECTS[look], *motion) for look, motion in zip(looks, motions)]
@@ -124,14 +126,14 @@ def measure_claim(args, base, process):
     def prompt(n, words):
         return f"a {words} moving {scenes[n].direction} on the {scenes[n].ground}"
 
-    def sample_base(numbers):
-        prompts = {n: prompt(n, subjects[n // share].class_word) for n in numbers}
-        return sample_clips(base, prompts, numbers)
+    def sample_base(indices):
+        prompts = {n: prompt(n, subjects[n // share].class_word) for n in indices}
+        return sample_clips(base, prompts, indices)
 
-    def sample_subjects(numbers):
+    def sample_subjects(lambdas, indices):
         clips = []
-        for i, own in itertools.groupby(numbers, key=lambda n: n // share):
-            words, own = f"{subjects[i].placeholder} {subjects[i].class_word}", list(own)
+        for i, group in itertools.groupby(indices, key=lambda n: n // share):
+            words, own = f"{subjects[i].placeholder} {subjects[i].class_word}", list(group)
             prompts = {n: prompt(n, words) for n in own}
             with inserted_adapters(base.unet, getattr(subjects[i], "adapters", {})):    # DreamVideo's
                 clips.append(sample_clips(base, prompts, own, [subjects[i]], lambdas))
@@ -140,8 +142,8 @@ def measure_claim(args, base, process):
     table = Table(args, process, len(subjects), examples=range(0, args.clips, share))
     rows = {}
     for text in args.lambdas:
-        lambdas = None if text == "base" else parse_lambdas(text, settings.steps)
-        rows[text] = table.fill(text, sample_subjects if lambdas else sample_base, judge)
+        sample = sample_base if text == "base" else partial(sample_subjects, schedules[text])
+        rows[text] = table.fill(text, sample, judge)
     for look in dict.fromkeys(looks):
         photos = draw_photos(look)
         of_photos = np.mean([likeness(photo[None], look) for photo in photos])
@@ -163,31 +165,27 @@ def unseen_scenes(count):
 
 
 def against(scene, measures, names):
-    """Compares a clip's measures (Measured) with the scene that was asked for -> metric -> number.
-
-    The distance is relative to that of the world's own clips.
-    """
+    """Compares a clip's Measured with the scene that was asked for -> dictionary of a number per metric."""
     target = {"shape": scene.shape, "ground": scene.ground, "direction": scene.direction,
               "pattern": scene.look.pattern, "colour": colour_words(scene.look)}
     metrics = {name: getattr(measures, name) == target[name] for name in names}
-    distance = measures.distance / (SPEED / scene.fps * (len(measures.track) - 1))
-    return metrics | {"distance": distance, "frozen": measures.frozen, "broken": measures.broken > 0}
+    return metrics | {"distance": measures.distance, "frozen": measures.frozen, "broken": measures.broken > 0}
 
 
 def load_learned(path, base):
-    """A subject of any method -> Subject. Raises BadInput unless it was learned from one of toy/subjects."""
+    """Loads a subject of any method. Raises BadInput unless it was learned from one of toy/subjects."""
     kind = Subject if "layers" in read_header(path) else DreamVideoSubject
     subject = load_subject(path, base, kind)
     name = subject.settings["images"]
     if name not in SUBJECTS or subject.class_word != SUBJECTS[name][0]:
-        raise BadInput(f"--subject {path}: was learned from {name}, a {subject.class_word}; the true look is "
-                       f"known only for toy/subjects")
+        raise BadInput(f"--subject {path}: was learned from {name} as a {subject.class_word}, but the true "
+                       f"look is known only for toy/subjects")
     return subject
 
 
-def sample_clips(base, prompts, numbers, subjects=(), lambdas=None):
-    """The prompts of B clips, each with the clip's number as seed -> clips (B, T, H, W, 3) uint8."""
-    return generate(base, [prompts[n] for n in numbers], numbers, subjects, lambdas=lambdas).numpy()
+def sample_clips(base, prompts, indices, subjects=(), lambdas=None):
+    """Samples the B clips at these indices, which are also their seeds -> clips (B, T, H, W, 3) uint8."""
+    return generate(base, [prompts[n] for n in indices], indices, subjects, lambdas=lambdas).numpy()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -205,9 +203,10 @@ class Table:
         self.strips = []    # of the picture, one per row
 
     def fill(self, name, sample, judge):
-        """Samples and judges --clips clips, shared by the processes -> metric -> numbers (clips,).
+        """Samples and judges --clips clips, shared by the processes -> dictionary of an array per metric.
 
-        sample: function of B clip numbers -> clips. judge: function (n, clip) -> metric -> number.
+        sample: function of B clip indices -> clips. judge: function of a clip's index and the clip ->
+        dictionary of a number per metric.
         """
         mine = range(self.process.rank, self.args.clips, self.process.world)
         batches = [mine[i:i + BATCH] for i in range(0, len(mine), BATCH)]
@@ -258,14 +257,14 @@ def parse_args():
     p.add_argument("what", choices=list(EXPERIMENTS), help="what to measure")
     p.add_argument("--base", type=Path, default=ROOT / "toy" / "base",
                    help="base folder (default: %(default)s)")
-    p.add_argument("--subject", nargs="+", default=[],
+    p.add_argument("--subject", nargs="+", action="extend", default=[],
                    help="for claim: runs or files of subjects from toy/subjects (default: the newest)")
     p.add_argument("--lambdas", nargs="+", default=LAMBDAS,
-                   help="for claim: a row each, as in sample.py, or base for the base with class words "
+                   help="for claim: one schedule per row, as in sample.py; base is the base with class words "
                         f"(default: {' '.join(LAMBDAS)})")
-    p.add_argument("--clips", type=int, help=f"clips per row (default: {CLIPS})")
+    p.add_argument("--clips", type=int, help="clips per row (default: 256, 64 or 120)")
     p.add_argument("--precision", choices=["float32", "bfloat16"], default="float32",
-                   help="of the UNet that samples; bfloat16 takes half the time on CPUs that support it "
+                   help="of the UNet; bfloat16 takes half the time on CPUs that support it "
                         "(default: %(default)s)")
     p.add_argument("--out", type=Path, default=Path("outputs/experiment"),
                    help="folder for the picture (default: %(default)s)")

@@ -1,6 +1,6 @@
 """Measures a clip of the world from its pixels, by finding the drawing that explains them best.
 
-The ground is the painted one that most pixels agree with. The sprite is found in two stages: a bank of
+The ground is the one of the world's that most pixels agree with. The sprite is found in two stages: a bank of
 sprites in many shapes, patterns, sizes and turns is tried at many places, and then `fit` moves, sizes and
 turns the best few until their drawings come nearest to the pixels. The bank ranks sprites by their gain,
 which is how much nearer to the pixels a sprite at p is than the ground without it:
@@ -51,12 +51,11 @@ class Measured:
     colour: str          # one word, or two with "and"
     ground: str
     direction: str
-    distance: float      # travelled from the first frame to the last, on a straight line fitted to the track
+    distance: float      # travelled on a straight line fitted to the track, relative to the world's own clips
     frozen: bool         # whether the distance is too short, see FROZEN
     broken: float        # share of frames that differ too much from the clip's drawing, see BROKEN
     colour_drift: float  # mean change of the fitted colours between two frames; black to white would be 1
     shape_drift: float   # mean share of two neighbouring outlines' area that only one of them covers
-    track: np.ndarray    # (T, 2), the sprite's centre (x, y)
 
 
 def measure(clip, fps):
@@ -89,23 +88,23 @@ def measure(clip, fps):
     time = np.arange(len(clip)) - (len(clip) - 1) / 2
     velocity = (time[:, None] * track).sum(0) / (time ** 2).sum()
     deviation = np.sqrt(((track - track.mean(0) - time[:, None] * velocity) ** 2).sum(1).mean())
-    distance = float(np.hypot(*velocity) * (len(clip) - 1))
-    frozen = distance < FROZEN * SPEED / fps * (len(clip) - 1)
+    distance = float(np.hypot(*velocity) * fps / SPEED)
+    frozen = distance < FROZEN
     moves = intact and not frozen and deviation < UNIFORM
     direction = max(DIRECTIONS, key=lambda name: velocity @ DIRECTIONS[name])
 
     return Measured(shape=scene.shape if intact else "", pattern=look.pattern if intact else "",
                     colour=colour_words(look) if intact else "", ground=ground_name,
-                    direction=direction if moves else "", distance=distance, frozen=bool(frozen),
+                    direction=direction if moves else "", distance=distance, frozen=frozen,
                     broken=float(broken.mean()), colour_drift=float(np.abs(np.diff(colours, axis=0)).mean()),
-                    shape_drift=float(1 - (intersection / union).mean()), track=track)
+                    shape_drift=float(1 - (intersection / union).mean()))
 
 
 def likeness(clip, name):
     """How much of a subject a clip (T, H, W, 3) uint8 shows: 1 for its true look, about 0 for none of it.
 
-    A frame's score is that of its best match over position, size and turn. A frame that is no nearer to the
-    subject there than the ground alone scores 0.
+    A frame's score is that of its best match over position, size and turn. It is 0 if the frame is no nearer
+    to the subject there than the bare ground is.
     """
     bank, look, clip = subject_sprites(name), SUBJECTS[name][1], clip / 255
     _, ground = find_ground(clip)
@@ -142,8 +141,8 @@ def find_ground(clip):
 def find_sprite(clip, ground):
     """The sprite that best explains a clip (T, H, W, 3) in [0, 1] -> scene, track (T, 2), colours (T, 2, 3).
 
-    Also returns outlines (T, k, k). Each is that of the bank's best sprite for one frame alone, which may
-    change from frame to frame, so even the world's own clips have some shape drift.
+    Also returns outlines (T, k, k), those of the sprite in the bank that fits each frame best on its own. So
+    even the world's own clips have some shape drift.
     """
     bank, terms = all_sprites(), gain_terms(clip, ground)
     gains, places = bank.search(terms)
@@ -158,7 +157,7 @@ def find_sprite(clip, ground):
             if group[n]:
                 best[bank.scenes[n].shape, bank.scenes[n].look.pattern] = n
         for n in sorted(best.values(), key=lambda n: total[n])[-3:]:
-            # Search for this sprite everywhere, because the bank searched only near the places of the others.
+            # Search for this sprite everywhere, because the bank searched only where others fit.
             own_gain, own_place = bank.search(terms, first=[n], then=[n])
             track = np.where((own_gain[0] > gains[n])[:, None], own_place[0], places[n])
             scene, _, _, error = fit(clip[::3], ground, bank.scenes[n], track[::3])   # a third suffices

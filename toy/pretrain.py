@@ -1,11 +1,11 @@
-"""Trains the embedded base from scratch: the VAE on pictures of the world, then text and UNet on its clips.
+"""Trains a base like toy/base from scratch: the VAE on pictures of the world, then text and UNet on clips.
 
     python toy/pretrain.py      # takes hours on 2 CPU cores; the same command resumes
 
-Each of the four stages saves its result in --out (runs/pretrain), and is skipped if it is there already. The
-last one writes the base folder, OUT/base. The classes are VideoCrafter2's, and so is the task: noise
-prediction with caption dropout. CONFIG's numbers are small, and its `latent_std` gives Eq. 1 the weights of
-v-prediction.
+Each of the four stages saves its result in --out (runs/pretrain). A finished stage is skipped, and an
+unfinished training resumes from its last save. The last stage writes the base folder, OUT/base. The networks'
+classes are VideoCrafter2's, and so is the task: noise prediction with caption dropout. CONFIG's numbers are
+small, and its `latent_std` gives Eq. 1 the weights of v-prediction.
 
 Shapes: N pictures, B clips, T frames, L text tokens; pictures (N, 3, 64, 64), latents z (B, 4, T, 8, 8).
 """
@@ -48,8 +48,8 @@ CONFIG = BaseConfig(
 
 VAE_STEPS = 9000        # each on 16 pictures
 CLIPS = 16_000          # for the UNet and the text tower, drawn and encoded once
-IMAGE_STEPS = 3000      # their first steps: three in four are on 64 single frames
-CLIP_STEPS = 14_000     # the steps that follow: three in four are on 16 clips
+IMAGE_STEPS = 3000      # their first steps: three in four are on 64 single frames, the others on 16 clips
+CLIP_STEPS = 14_000     # the steps that follow: three in four are on 16 clips, the others on 64 frames
 
 
 def main():
@@ -71,7 +71,7 @@ def main():
 
 
 def train_vae(out, device):
-    """Reconstruction, and a weak pull of the latent's distribution towards N(0, 1), as in AutoencoderKL."""
+    """Trains the VAE to reconstruct, with a weak pull of its latents towards N(0, 1), as in AutoencoderKL."""
     batch = 16
     torch.manual_seed(0)
     vae = build_part("vae", CONFIG).to(device, memory_format=torch.channels_last)
@@ -156,7 +156,7 @@ def train_unet(out, device):
     networks = build_networks().to(device)
     networks.eval()  # no dropout: there is more data than so small a network can memorise
     unet, text_encoder = networks["unet"], networks["text_encoder"]
-    # The embeddings of words have to outweigh the updates that a narrow tower's layers add to them.
+    # A narrow tower's layers add large terms to the words' embeddings, so these start large too.
     nn.init.normal_(text_encoder.token_embedding.weight, std=0.5)
     nn.init.normal_(text_encoder.positional_embedding, std=0.2)
     # The tower learns slowly, as it would otherwise lose the directions, which single frames do not need.
@@ -209,7 +209,7 @@ def export(out):
         return
     networks = load_average(build_networks(), out / "unet.pt")
     networks["vae"] = load_average(build_part("vae", CONFIG), out / "vae.pt")
-    # Words that are in no caption were never trained. Set their random embeddings to 0, so they mean nothing.
+    # Words that are in no caption were never trained, so their random embeddings are set to 0.
     embeddings = networks["text_encoder"].token_embedding.weight.data
     captions = [caption(scene) for scene in training_scenes(2000)]
     untrained = torch.ones(len(embeddings), dtype=torch.bool)
@@ -241,7 +241,7 @@ def load_average(network, path):
 
 
 class Run:
-    """A training's optimizer, moving average of the weights, saves, and `bar`, the steps that are left."""
+    """A training's optimizer, averaged weights and saves. Its `bar` iterates over the steps that are left."""
     EMA, SAVE_EVERY = 0.998, 200
     SAVED = ("network", "average", "optimizer")
 
@@ -255,7 +255,7 @@ class Run:
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)
             if state["steps"] != steps:
-                raise BadInput(f"{path}: is a run of {state['steps']} steps, not {steps}; name another --out")
+                raise BadInput(f"{path}: of a run of {state['steps']} steps, not {steps}; name another --out")
             self.step = state["step"]
             for part in self.SAVED:
                 getattr(self, part).load_state_dict(state[part])

@@ -174,8 +174,8 @@ def caption(scene, rng=None):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Drawing. Pictures are (H, W, 3) floats, roughly in [0, 1]; draw_clip clips them. u and v are a sprite's own
-# coordinates, in units of its radius.
+# Drawing. Pictures are (H, W, 3) floats, roughly in [0, 1], and draw_clip limits them to that. u and v are a
+# sprite's own coordinates, in units of its radius.
 
 Y, X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5  # the pixels' centres, (H, W) each
 
