@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from support.cli import ROOT, BadInput, FlagParser, atomic_write, check_out, lock_folder, one_line, run_script
 from support.config import BaseConfig, save_config
-from support.files import PARTS, build_part, fingerprint, from_hub
+from support.files import PARTS, fingerprint, from_hub
 
 # Official name -> PART/name in model.py. All rules are applied, in this order.
 RENAME = [
@@ -114,7 +114,7 @@ def match_names(path, shapes, config):
 
     Raises BadInput unless official and our tensors match one to one, with equal shapes.
     """
-    text_end = re.compile(TEXT_END.replace("{last}", str(config.text.layers)))
+    text_end = re.compile(TEXT_END.replace("{last}", str(config.text_encoder.layers)))
     names, unknown, plan = {part: {} for part in PARTS}, [], {}
     for name in shapes:
         part, ours = our_name(name)
@@ -128,7 +128,7 @@ def match_names(path, shapes, config):
             names[part][ours] = name
     for part in PARTS:
         with torch.device("meta"):
-            expected = build_part(part, config).state_dict()
+            expected = PARTS[part](getattr(config, part)).state_dict()
         unknown += [name for ours, name in names[part].items() if ours not in expected]
         missing = expected.keys() - names[part].keys()
         if unknown or missing:

@@ -20,7 +20,7 @@ from PIL import Image, ImageCms, ImageOps
 from model import NOISE_LEVELS, Z_CHANNELS, Tokenizer, pixels
 from support.cli import BadInput, one_line, warn
 from support.texts import read_caption, subject_caption
-from support.video import VIDEOS, first_frames
+from support.video import first_frames
 
 # "{}" is "V* dog". A few templates keep V* from binding to the words around it.
 TEMPLATES = ("a {}", "a photo of a {}", "a picture of a {}")
@@ -118,6 +118,7 @@ def noise_sample(i, seed, shape):
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "MPO")  # Pillow would run a PostScript file
 PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
+VIDEOS = {".mp4", ".webm", ".avi", ".mov", ".mkv"}
 UNREAD_PICTURES = {".heic", ".heif", ".jxl", ".raw", ".dng", ".cr2", ".nef", ".svg", ".psd"}
 Image.MAX_IMAGE_PIXELS = None   # Pillow's own limit, 179 million, is below a phone's 200 megapixels
 

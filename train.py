@@ -1,9 +1,9 @@
 """Eq. 1, 3 and 4 of CustomCrafter: V* and a LoRA are learned from photos, each repeated into a still video.
 
-    python train.py                                         # the base's own subject, one process
+    python train.py                                         # this repository's own subject, one process
     torchrun --nproc_per_node 4 train.py                    # 4 processes, GPUs or CPUs, 4 times the clips
     python train.py --images photos/dog --class_word dog    # your own photos; --base names another base
-    python train.py --resume latest                         # continues the run that was stopped last
+    python train.py --resume latest                         # continues the newest run of these photos
 
 Writes OUT/subject.safetensors, which sample.py takes; OUT/step-*/, the newest saves; OUT/log.jsonl and
 OUT/preview.png. V* and the pairs (A, B) are trained, 96 for VideoCrafter2. Everything else is frozen.
@@ -25,8 +25,8 @@ from sample import generate
 from support.cli import (BadInput, FlagParser, join_processes, lock_folder, mean_over_processes, progress_bar,
                          run_script, stop_signals, wait_for_all)
 from support.config import (SamplingDefaults, TrainingDefaults, add_flags, add_speed_flags, check_flags,
-                            check_sampling, check_words, load_config, loss_weights, with_flags)
-from support.files import Subject, default_base, open_base, pick_images
+                            check_sampling, load_config, loss_weights, pick_subject, with_flags)
+from support.files import Subject, default_base, open_base
 from support.runs import (Log, best_effort, load_training, lock_run, pick_run, prior_folder, run_settings,
                           save_preview, save_prior_clip, save_training)
 
@@ -253,10 +253,9 @@ def parse_args():
     p.add_argument("--keep_last", type=int, default=3, help="newest saves to keep (default: %(default)s)")
     p.add_argument("--resume", help="continue a run: its folder, one of its saves, or latest")
     args = p.parse_args()
-    check_words(args)
+    pick_subject(args)
     check_flags(args, SamplingDefaults, TrainingDefaults,
                 word_lr=(0, 1), seed=(0, 2**31), keep_last=(1, 10**7))
-    pick_images(args)
     config = load_config(args.base)
     config.training = with_flags(config.training, args)
     config.sampling = with_flags(config.sampling, args, only=("height", "width", "fps"))

@@ -87,7 +87,7 @@ def check_out(out):
     """Raises BadInput unless --out is a folder, or can become one, in which files may be written."""
     nearest = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise BadInput(f"--out {out}: {nearest} is a file or may not be written to; name another folder")
+        raise BadInput(f"--out {out}: {nearest} is a file, or you may not write to it; name another folder")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def join_processes():
     Raises BadInput if this machine has fewer devices than processes.
     """
     if not dist.is_torchelastic_launched():
-        rank = os.environ.get("RANK")   # a container or an older shell may have set it
+        rank = os.environ.get("RANK")   # a container, or an earlier command in this shell
         if rank:
             print(f"RANK={rank} is set, but torchrun did not start this process; it works alone")
         return Process(0, 1, pick_device(0))
@@ -131,15 +131,14 @@ def pick_device(local_rank):
 
 def of_all_processes(value, process):
     """The `value` of every process, as a list."""
-    values = [value]
+    values = [value] * process.world
     if process.world > 1:
-        values = [None] * process.world
         dist.all_gather_object(values, value)
     return values
 
 
 def check_same(process, **values):
-    """Raises BadInput if the values differ, because nodes may have other files under the same names."""
+    """Raises BadInput if the processes' values differ, as where nodes have other files under one name."""
     for rank, others in enumerate(of_all_processes(values, process)):
         for name, value in values.items():
             if others[name] != value:
@@ -175,13 +174,13 @@ def pick_precision(precision, device, training=False):
 
 @contextmanager
 def stop_signals(process):
-    """Yields a function, called by all processes, that returns True once any of them got a stop signal.
+    """Yields a function, called by all processes, that returns the stop signal that any of them got, or 0.
 
     The block can then save. After it, the processes wait for each other, and the signal ends them all. A
     second Ctrl-C ends the script at once, but a second SIGTERM does not, because a scheduler may send one and
     torchrun another.
     """
-    received, agreed = [], []   # a process may agree to a Ctrl-C before it receives that one itself
+    received = []
 
     def note(number, frame):
         if number == signal.SIGINT and number in received:
@@ -192,23 +191,19 @@ def stop_signals(process):
         number = torch.tensor(max(received, default=0), device=process.device)
         if process.world > 1:
             dist.all_reduce(number, dist.ReduceOp.MAX)
-        if number:
-            agreed.append(int(number))
-        return bool(number)
+        return int(number)
 
-    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}    # not on Windows
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:       # as SIGHUP is under nohup
-            signal.signal(number, note)
+    kinds = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}      # not on Windows
+    before = {kind: signal.signal(kind, note) for kind in kinds
+              if signal.getsignal(kind) is not signal.SIG_IGN}      # as SIGHUP is under nohup
     try:
         yield asked_to_stop
-        wait_for_all(process)
+        number = asked_to_stop()    # here the processes wait for each other
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if agreed:
-        raise KeyboardInterrupt(agreed[0])
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+    if number:
+        raise KeyboardInterrupt(number)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -220,7 +215,7 @@ def atomic_write(path):
     """Yields a temporary path in the same folder, which replaces `path` if the block ends without an error.
 
     So a reader finds the old file or the new one, never half of one, even after a kill or a power cut. The
-    block may make a folder instead, if none exists there. Raises BadInput if the disk is full.
+    block may also make a folder, if nothing exists at `path`. Raises BadInput if the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
@@ -249,7 +244,7 @@ def make_durable(path):
 
 
 def remove(path):
-    """Removes a file or a folder, or nothing."""
+    """Removes a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -260,8 +255,8 @@ def remove(path):
 def lock_folder(folder, rank=0, wait=False):
     """Lets only this run write into `folder` until the block ends. Removes a killed run's temporary files.
 
-    Rank 0 holds the lock for all. Raises BadInput if another run is writing there, or waits for it to end. On
-    a file system without locks a warning replaces the lock.
+    If another run is writing there, waits for its end if `wait`, and raises BadInput otherwise. Rank 0 holds
+    the lock for all processes. On a file system without locks, a warning replaces the lock.
     """
     if rank > 0:
         yield

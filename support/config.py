@@ -7,13 +7,13 @@ that differ. "Paper" is CustomCrafter, "release" is its authors' code (paper/REA
 import argparse
 import json
 import re
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 import torch
 
 from model import NOISE_LEVELS, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
-from support.cli import BadInput, one_line
+from support.cli import ROOT, BadInput, one_line
 
 
 def flag(default, low, high, text):
@@ -48,28 +48,26 @@ class TrainingDefaults:
     """What train.py uses unless a flag is given."""
     rank: int = flag(4, 1, 1024, "rank of the LoRA (release: 4)")
     lr: float = flag(3e-5, 0, 1, "learning rate of AdamW (paper: 3e-5)")
-    scale_lr: bool = flag(True, 0, 1, "multiply --lr by all clips of a step, subject and prior (release: on)")
+    scale_lr: bool = flag(True, 0, 1, "multiply --lr by the number of clips in a step (release: on)")
     weight_decay: float = flag(1e-2, 0, 1, "weight decay of AdamW (paper: 1e-2)")
     steps: int = flag(10_000, 1, 10**7, "training steps (paper: 10,000)")
     frames: int = flag(4, 1, 1024, "frames of a still video (release: 4)")
     batch_size: int = flag(1, 1, 1024, "subject clips per process, each with a prior clip (release: 1)")
-    grad_accum: int = flag(1, 1, 1024, "batches per step: the same clips with less memory")
+    grad_accum: int = flag(1, 1, 1024, "batches whose gradients make one step, with less memory")
     alpha: float = flag(1.0, 0, 1000, "weight of the prior loss, 0 for no prior (paper: 1)")
     num_prior: int = flag(200, 1, 10_000, "number of prior pictures or videos (paper: 200)")
     caption_dropout: float = flag(0.0, 0, 1, "share of clips that get an empty caption (release: 0.2)")
     save_every: int = flag(500, 1, 10**7, "steps between saves")
     preview_every: int = flag(1000, 0, 10**7, "steps between previews, 0 for none")
-    images: str = ""         # folder with the photos of the base's own subject, relative to the repository
-    class_word: str = ""     # of the subject in these photos
 
 
 @dataclass
 class BaseConfig:
     name: str = "videocrafter2"
-    fingerprint: str = ""    # of the weights; a subject records the base that it was trained on
+    fingerprint: str = ""    # of the weights; a subject is refused on another base
     latent_std: float = 0.0  # if > 0: the standard deviation of scaled latents, for v-prediction's weights
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    text: TextConfig = field(default_factory=TextConfig)
+    text_encoder: TextConfig = field(default_factory=TextConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
@@ -82,11 +80,11 @@ def load_config(base):
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         for entry in fields(BaseConfig):
-            if entry.default_factory is not MISSING:    # a dataclass of its own
+            if is_dataclass(entry.type):
                 own = {name: tuple(value) if isinstance(value, list) else value
                        for name, value in values.pop(entry.name, {}).items()}
                 parts[entry.name] = entry.default_factory(**own)
-        return BaseConfig(**values, **parts)            # Python itself names an unknown entry
+        return BaseConfig(**values, **parts)            # a TypeError names an unknown entry
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; --base takes toy/base or convert_ckpt.py's --out") from None
     except (ValueError, TypeError, AttributeError) as error:
@@ -94,7 +92,7 @@ def load_config(base):
 
 
 def save_config(config: BaseConfig, path):
-    """Writes only the numbers that differ from the defaults, so that a base follows later defaults."""
+    """Writes only the numbers that differ from the defaults, so that a base gets later versions' defaults."""
     values, defaults = {"name": config.name}, asdict(BaseConfig())
     for name, value in asdict(config).items():
         if isinstance(value, dict):
@@ -130,9 +128,9 @@ def add_flags(parser, cls, only=None):
 
 def add_speed_flags(parser, precisions, training=False):
     """Adds --precision and --compile of the UNet; for training, --grad_checkpointing too."""
-    otherwise = "float32" if training else "float16 on other GPUs and float32 elsewhere"
     parser.add_argument("--precision", choices=["auto", *precisions], default="auto",
-                        help=f"of the UNet; auto: bfloat16 on a GPU that has it, otherwise {otherwise}")
+                        help="of the UNet; auto: bfloat16 if the GPU has it, otherwise float16 to sample on a "
+                             "GPU, and float32 elsewhere")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: slow to start, then "
                         "faster; needs Triton on a GPU and a C++ compiler on a CPU")
     if training:
@@ -151,20 +149,22 @@ def check_flags(args, *classes, **ranges):
             raise BadInput(f"--{name} {value}: must be from {low} to {high}")
 
 
-def check_words(args):
-    """Raises BadInput unless --placeholder and --class_word fit into a caption such as "a V* dog"."""
+def pick_subject(args):
+    """Fills in this repository's own subject unless --images is given. Raises BadInput for unfit words."""
+    if args.images is None:
+        args.images, args.class_word = ROOT / "toy" / "subjects" / "berry", args.class_word or "heart"
     placeholder, class_word = args.placeholder, args.class_word.strip()
     if not re.fullmatch(r"[^\s#]\S{0,31}", placeholder) or not re.search(r"\W", placeholder):
         raise BadInput(f"--placeholder {placeholder!r}: must be a single word with a symbol in it, such as "
                        f"V* or <new1>, and must not start with #")
-    if args.images is not None and not class_word:
+    if not class_word:
         raise BadInput("--class_word: is needed with --images; name the class of the subject, such as dog")
     if placeholder in class_word or re.match(r"(a|an|the)\s", class_word, re.IGNORECASE):
         raise BadInput(f"--class_word {class_word!r}: is a caption; write the noun alone, such as dog")
 
 
 def with_flags(defaults, args, only=None):
-    """Returns the defaults, overridden by the flags that were given, or by those in `only`."""
+    """Returns the defaults, overridden by the flags that were given, or only by those in `only`."""
     given = {name: getattr(args, name, None) for name in only or [entry.name for entry in fields(defaults)]}
     return replace(defaults, **{name: value for name, value in given.items() if value not in (None, "")})
 

@@ -5,7 +5,6 @@ A subject is one file, subject.safetensors: V*, the LoRA, and in the header the 
 """
 import hashlib
 import json
-import os
 import re
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -28,16 +27,11 @@ PARTS = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
 def default_base():
     """The folder that is used unless --base is given."""
     converted = ROOT / "checkpoints" / "videocrafter2"
-    return Path(os.path.relpath(converted if converted.exists() else ROOT / "toy" / "base"))
-
-
-def build_part(part, config):
-    """An untrained network: part is "unet", "vae" or "text_encoder"."""
-    return PARTS[part]({"unet": config.unet, "vae": config.vae, "text_encoder": config.text}[part])
+    return converted if converted.exists() else ROOT / "toy" / "base"
 
 
 def open_base(args, process, training=False):
-    """--base -> Base on this process's device, its UNet in --precision and with --compile if asked."""
+    """Loads --base onto this process's device, in --precision and with --compile, and prints what it is."""
     precision = pick_precision(args.precision, process.device, training)
     base = load_base(args.base, process.device, getattr(torch, precision))
     if process.rank == 0:
@@ -45,7 +39,7 @@ def open_base(args, process, training=False):
     if process.device.type == "cpu" and base.config.name == "videocrafter2":
         warn("VideoCrafter2 takes hours for a video on a CPU; to use a GPU, install a torch build for it")
     check_same(process, device=process.device.type, base=base.config.fingerprint)
-    if getattr(args, "compile", False):
+    if args.compile:
         base.unet.compile()
     return base
 
@@ -58,7 +52,7 @@ def load_base(folder, device="cpu", dtype=torch.float32):
         files = {part: stack.enter_context(open_safetensors(folder / f"{part}.safetensors"))
                  for part in PARTS}
         recorded = {(file.metadata() or {}).get("fingerprint") for file in files.values()}
-        if None in recorded:    # another program wrote a file, so only the weights identify this base
+        if None in recorded:    # another program wrote a file, so the weights have to be read
             values = ((f"{part}.{name}", files[part].get_tensor(name)) for part in PARTS
                       for name in sorted(files[part].keys()))
             config = replace(config, fingerprint=fingerprint(values))
@@ -66,7 +60,7 @@ def load_base(folder, device="cpu", dtype=torch.float32):
             raise BadInput(f"{folder}: its files belong to different bases; convert or copy the base again")
         for part, file in files.items():
             with torch.device("meta"):
-                network = build_part(part, config)
+                network = PARTS[part](getattr(config, part))
             try:
                 network.load_state_dict({name: file.get_tensor(name) for name in file.keys()}, assign=True)
             except RuntimeError as error:
@@ -81,15 +75,13 @@ def open_safetensors(path):
     """An open .safetensors file. Raises BadInput if it is missing or cannot be read."""
     try:
         return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; convert_ckpt.py makes a base, train.py a subject") from None
     except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path}: not a readable safetensors file ({one_line(error)}); "
-                       f"make or copy it again") from None
+        raise BadInput(f"{path}: not a readable safetensors file ({one_line(error)}); make it again by "
+                       f"convert_ckpt.py if it is a base's, by train.py if it is a subject") from None
 
 
 def fingerprint(values, header=""):
-    """(name, tensor) of weights -> 16 hex digits, which depend on every value but not on its precision.
+    """(name, tensor) of weights -> 16 hex digits, which depend on every value, but not on its precision.
 
     The parts of a base come in the order of PARTS, and the names within a part are sorted.
     """
@@ -107,7 +99,7 @@ def from_hub(repository, file, flag, advice):
     try:
         return Path(hf_hub_download(repository, file))
     except Exception as error:  # the hub, the network and the disk each raise errors of their own
-        raise BadInput(f"{flag}: not downloaded ({one_line(error)}); do it by hand, and {advice}") from None
+        raise BadInput(f"{flag}: not downloaded ({one_line(error)}); download it, and {advice}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -127,7 +119,7 @@ class Subject:
     lora: dict = field(default_factory=dict)        # name of a layer of the UNet -> (A, B)
 
     def tensors(self):
-        """The learned tensors under their names in the file, which for LoRA are PEFT's."""
+        """The learned tensors under their names in the file. A LoRA's names end as PEFT's do."""
         tensors = {"v_star": self.v_star}
         for name, (A, B) in self.lora.items():
             tensors |= {f"unet.{name}.lora_A.weight": A, f"unet.{name}.lora_B.weight": B}
@@ -162,7 +154,8 @@ def save_subject(path, subject: Subject):
 
 
 def read_header(path):
-    """The header of a .safetensors file, or {} if it is missing or cannot be read."""
+    """The header of a .safetensors file or a folder's subject, or {} if it is missing or cannot be read."""
+    path = path / "subject.safetensors" if path.is_dir() else path
     with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
         return file.metadata() or {}
     return {}
@@ -192,26 +185,16 @@ def load_subject(path, base: Base, kind=Subject):
 
 
 def find_subjects(given, base_fingerprint):
-    """--subject -> paths: those given, or the newest of this base under runs/, or the committed one."""
+    """--subject -> paths: those given, or the newest of this base under runs/, or this repository's."""
     if given:
         paths = [Path(path) for path in given if path != "none"]
         return [path / "subject.safetensors" if path.is_dir() else path for path in paths]
     trained = [path for path in Path("runs").glob("**/subject.safetensors")
-               if path.exists() and not re.match(r"step-\d{6}|\.tmp-", path.parent.name)]    # no saves
+               if path.exists() and not re.match(r"step-\d{6}|\.tmp-", path.parent.name)]    # not a save's
     trained.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in [*trained, Path(os.path.relpath(ROOT / "toy" / "subject.safetensors"))]:
+    for path in [*trained, ROOT / "toy" / "subject.safetensors"]:
         header = read_header(path)
         if header.get("base_fingerprint") == base_fingerprint and "layers" in header:
             return [path]
         warn(f"{path}: skipped, because it is not a subject of this base that sample.py can read")
     raise BadInput("--subject: none of this base is under runs/; train one, name one, or pass --subject none")
-
-
-def pick_images(args):
-    """Fills in args.images and args.class_word unless given: the base's own, or the embedded base's."""
-    if args.images is None:
-        training = load_config(args.base).training
-        if not training.images:
-            training = load_config(ROOT / "toy" / "base").training
-        args.images = os.path.relpath(ROOT / training.images)
-        args.class_word = args.class_word or training.class_word

@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -33,13 +33,13 @@ from support.video import check_ffmpeg, labelled, slug, write_mp4
 def pick_run(args, photos, process, suffix=""):
     """--out, --resume and the photos -> the folder to write into, and the save to resume from or None.
 
-    Without --out, the folder is runs/NAME, where NAME is that of the photo folder as typed, plus `suffix`. A
-    run is never overwritten. Raises BadInput, also if the nodes find different saves.
+    Without --out, the folder is runs/NAME or, if that holds a run, NAME-2 and so on. NAME is the photo
+    folder's, plus `suffix`. Raises BadInput, also if the nodes find different saves.
     """
     runs, name = Path("runs"), f"{Path(os.path.abspath(args.images)).name}{suffix}"
     save = None
     if args.resume is not None:
-        save = pick_save(args.resume, args.out, runs, digest_of_photos(photos))
+        save = pick_save(args.resume, args.out, runs, digest([photo.crc32 for photo in photos]))
     if args.out:        # of a new run, or of a branch of another run
         out = args.out
     elif save:
@@ -49,26 +49,22 @@ def pick_run(args, photos, process, suffix=""):
         out = next(folder for folder in numbered if not holds_run(folder))
     check_out(out)
     check_run(out, save)
-    check_same(process, save=save and f"{save.name} {header_of(save).get('fingerprint')}")
+    check_same(process, save=save and f"{save.name} {read_header(save).get('fingerprint')}")
     return out, save
 
 
 def check_run(out, save):
-    """Raises BadInput if a training from this save, or from the start, would overwrite a run in `out`."""
-    if continues(out, save):
-        if save != newest_save(save.parent) or steps_done(out) > steps_done(save):
-            raise BadInput(f"--resume {save}: {out} has a newer save or subject; name a new --out for a "
-                           f"branch from here")
-    elif holds_run(out):
+    """Whether a training from this save continues the run in `out`. Raises BadInput if it overwrites one."""
+    continues = save is not None and save.parent.resolve() == out.resolve()
+    if continues and (save != newest_save(save.parent) or steps_done(out) > steps_done(save)):
+        raise BadInput(f"--resume {save}: {out} has a newer save or subject; name a new --out for a branch")
+    if holds_run(out) and not continues:
         raise BadInput(f"--out {out}: holds a run; --resume {out} continues it, another --out starts one")
-
-
-def continues(out, save):
-    return save is not None and save.parent.resolve() == out.resolve()
+    return continues
 
 
 def pick_save(resume, out, runs, photos):
-    """--resume, a save or a run's folder or "latest" -> the save, a run's newest one. Raises BadInput."""
+    """--resume (a save, a run, or "latest") -> that save, or the run's newest one. Raises BadInput."""
     if is_save(Path(resume)):
         return Path(resume)
     run = Path(resume) if resume != "latest" else out or latest_run(runs, photos)
@@ -84,7 +80,7 @@ def latest_run(runs, photos):
     for run in filter(saves, runs.glob("*/")):
         for folder in (run, *saves(run)):   # a run that was killed in its first save has no subject yet
             with suppress(OSError):         # an old save may just have been removed
-                if json.loads(header_of(folder).get("settings", "{}")).get("photos") == photos:
+                if json.loads(read_header(folder).get("settings", "{}")).get("photos") == photos:
                     times[run] = (folder / "subject.safetensors").stat().st_mtime
     if not times:
         raise BadInput(f"--resume latest: no run of these photos is under {runs}; name its folder")
@@ -110,13 +106,8 @@ def holds_run(out):
     return any((out / name).exists() for name in ("subject.safetensors", "preview.png")) or bool(saves(out))
 
 
-def header_of(folder):
-    """The header of a run's or a save's subject; {} if it is missing or cannot be read."""
-    return read_header(folder / "subject.safetensors")
-
-
 def steps_done(folder):
-    return int(header_of(folder).get("steps", 0))
+    return int(read_header(folder).get("steps", 0))
 
 
 @contextmanager
@@ -126,10 +117,8 @@ def lock_run(out, last_save, rank):
     Raises BadInput if another run has written there since `last_save` was picked.
     """
     with lock_folder(out, rank):
-        if rank == 0:
-            check_run(out, last_save)
-            if continues(out, last_save):
-                copy_to_run(last_save)
+        if rank == 0 and check_run(out, last_save):
+            copy_to_run(last_save)
         yield
 
 
@@ -140,18 +129,16 @@ def lock_run(out, last_save, rank):
 def run_settings(args, training, sampling, base, photos, prior_files, process):
     """The settings of a training, recorded in its subject. To resume from a save, they must be the save's.
 
-    Raises BadInput if the processes differ in one, because nodes may have other files under the same names.
+    Raises BadInput if the processes differ in one.
     """
     settings = {name: getattr(args, name) for name in ("targets", "seed", "placeholder", "class_word",
                                                         "no_flip", "word_lr")}
     for name in ("rank", "lr", "scale_lr", "frames", "weight_decay", "alpha", "caption_dropout"):
         settings[name] = getattr(training, name)
     settings |= {name: getattr(sampling, name) for name in ("height", "width", "fps")}
-    config = asdict(base.config)
-    for name in ("name", "sampling", "training"):
-        del config[name]
+    config = asdict(replace(base.config, name="", sampling=None, training=None))
     settings |= {
-        "base": digest(config), "photos": digest_of_photos(photos),
+        "base": digest(config), "photos": digest([photo.crc32 for photo in photos]),
         "captions": digest([photo.caption for photo in photos]), "prior": digest(prior_files),
         "images": Path(os.path.abspath(args.images)).name,      # no path, because people share subjects
         "precision": base.precision,
@@ -165,22 +152,16 @@ def digest(values):
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def digest_of_photos(photos):
-    return digest([photo.crc32 for photo in photos])
-
-
 def check_settings(save, before, now):
     """Raises BadInput unless a save's settings are those of the training that resumes from it."""
-    different = {"base": "--base: this is not the base", "photos": "--images: these are not the photos",
-                 "captions": "--images: these are not the captions",
-                 "prior": "--prior or --num_prior: these are not the pictures of the class"}
+    flags = {"base": "base", "photos": "images", "captions": "images", "prior": "prior or --num_prior"}
     for name, value in now.items():
         if name == "images" or before.get(name) == value:
             continue
-        if name in different:
-            raise BadInput(f"{different[name]} that {save} was trained with")
-        name_of_flag = "batch_size times --grad_accum times processes" if name == "clips_per_step" else name
-        raise BadInput(f"--{name_of_flag}: is {value}, but {save} was trained with {before.get(name)}")
+        if name in flags:
+            raise BadInput(f"--{flags[name]}: not the {name} that {save} was trained with")
+        flag = "batch_size times --grad_accum times processes" if name == "clips_per_step" else name
+        raise BadInput(f"--{flag}: is {value}, but {save} was trained with {before.get(name)}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -285,7 +266,7 @@ class Log:
 
 
 def save_preview(path, videos, label, width=96):
-    """Adds a row of frames of videos (B, T, H, W, 3), under their label, to the picture."""
+    """Adds a row to the picture: four frames of each of the videos (B, T, H, W, 3), under their label."""
     shown = np.linspace(0, videos.shape[1] - 1, 4).round().astype(int)
     rows = [labelled(np.concatenate(videos[:, shown]), label, width)]
     if path.exists():
@@ -301,7 +282,8 @@ def save_preview(path, videos, label, width=96):
 def prior_folder(out, base, sampling, class_word):
     """The folder, beside --out, of the pictures or clips that this base makes for a class word.
 
-    Its name ends with a digest of everything that determines their pixels.
+    Its name ends with a digest of everything that determines their pixels. Raises BadInput if ffmpeg is
+    needed and does not run.
     """
     if sampling.frames > 1:
         check_ffmpeg("--prior_motion", "or do without --prior_motion")

@@ -12,23 +12,22 @@ def without_placeholders(prompt, placeholders):
     return re.sub(r"\s+([,.;:!?])", r"\1", " ".join(prompt.split()))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Captions
+def read_text(path, source):
+    """The content of a text file. Raises BadInput, which names `source`, unless it is UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (ValueError, OSError) as error:
+        raise BadInput(f"{source}: not a readable UTF-8 text file ({one_line(error)})") from None
 
 
 def read_caption(picture):
     """The caption in NAME.txt beside NAME.jpg, on one line, or "". Raises BadInput unless it is UTF-8."""
     path = picture.with_suffix(".txt")
-    try:
-        return " ".join(path.read_text(encoding="utf-8-sig").split())
-    except FileNotFoundError:
-        return ""
-    except (ValueError, OSError) as error:
-        raise BadInput(f"{path}: not a readable UTF-8 text file ({one_line(error)})") from None
+    return " ".join(read_text(path, path).split()) if path.exists() else ""
 
 
 def subject_caption(picture, placeholder, class_word):
-    """The caption beside a photo. If it lacks the placeholder, this is inserted before the class word.
+    """The caption beside a photo. If it lacks the placeholder, that is inserted before the class word.
 
     Raises BadInput if the caption has neither, or if the placeholder comes too late to be read.
     """
@@ -45,32 +44,20 @@ def subject_caption(picture, placeholder, class_word):
     return caption
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Prompts
-
-
-def read_prompts(path):
-    """--prompts, a text file with one prompt or # comment a line -> list of prompts. Raises BadInput."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--prompts {path}: not a readable UTF-8 text file ({one_line(error)})") from None
-    prompts = [line for line in lines if not line.startswith("#")]
-    if not prompts:
-        raise BadInput(f"--prompts {path}: has no prompt; write one on each line")
-    return prompts
-
-
 def pick_prompts(args, sampling, subjects):
     """--prompts, --prompt or the default prompt -> list of n prompts, and their tokens (n, L).
 
     Raises BadInput if there is no prompt, or if subjects share a placeholder. Warns as tokens_of does.
     """
     placeholders = [subject.placeholder for subject in subjects]
+    source = f"--prompts {args.prompts}" if args.prompts else "--prompt"
     if len(set(placeholders)) < len(placeholders):
         raise BadInput("--subject: two subjects share a placeholder; train one with another --placeholder")
     if args.prompts:
-        prompts = read_prompts(args.prompts)
+        lines = [line.strip() for line in read_text(args.prompts, source).splitlines()]
+        prompts = [line for line in lines if line and not line.startswith("#")]
+        if not prompts:
+            raise BadInput(f"{source}: has no prompt; write one on each line")
     elif args.prompt is not None:
         prompts = [args.prompt]
     elif subjects:
@@ -80,7 +67,6 @@ def pick_prompts(args, sampling, subjects):
     if not subjects:  # the base draws the class instead of the subject, without words such as V* or <new1>
         words = re.findall(r"(?<!\w)(?:<[\w-]+>|[A-Za-z]\w*\*)(?!\w)", "\n".join(prompts))
         prompts = [without_placeholders(prompt, words) for prompt in prompts]
-    source = f"--prompts {args.prompts}" if args.prompts else "--prompt"
     return prompts, tokens_of(prompts, placeholders, source)
 
 

@@ -13,7 +13,6 @@ from PIL import Image, ImageDraw
 
 from support.cli import BadInput, atomic_write, one_line
 
-VIDEOS = {".mp4", ".webm", ".avi", ".mov", ".mkv"}
 # The colours that ffmpeg writes for RGB: BT.601's matrix, sRGB's curve. Without the tags, players guess
 # others at HD sizes. With `faststart`, a browser plays a video before it has loaded all of it.
 FFMPEG_FLAGS = ["-color_range", "tv", "-colorspace", "smpte170m", "-movflags", "+faststart", "-x264-params",

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from support.cli import run_script  # noqa: E402
 from support.config import BaseConfig, SamplingDefaults, TrainingDefaults, save_config  # noqa: E402
-from support.files import PARTS, Subject, build_part, fingerprint  # noqa: E402
+from support.files import PARTS, Subject, fingerprint  # noqa: E402
 from lora import target_names  # noqa: E402
 from model import TextConfig, UNetConfig, VAEConfig  # noqa: E402
 
@@ -31,7 +31,7 @@ def write_base(folder, seed=0, vae_levels=4):
     torch.manual_seed(seed)
     config = BaseConfig(
         name=f"tiny{seed}",
-        text=TextConfig(width=32, heads=2, layers=1),
+        text_encoder=TextConfig(width=32, heads=2, layers=1),
         vae=VAEConfig(channels=8, channel_mult=(1,) * vae_levels, num_res_blocks=1, norm_groups=4),
         unet=UNetConfig(channels=16, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2),
                         head_channels=8, context_dim=32, norm_groups=4),
@@ -39,7 +39,7 @@ def write_base(folder, seed=0, vae_levels=4):
         training=TrainingDefaults(rank=2, lr=1e-3, scale_lr=False, frames=3, steps=4, num_prior=2))
     states = {}
     for part in PARTS:
-        network = build_part(part, config)
+        network = PARTS[part](getattr(config, part))
         for p in network.parameters():  # layers that start at zero would hide what lies before them
             if not p.any():
                 torch.nn.init.normal_(p, std=0.05)
@@ -57,7 +57,7 @@ def random_subject(base, rank=2, scale=0.3, targets="all"):
     """A subject whose numbers are random."""
     torch.manual_seed(2)
     subject = Subject("V*", "dog", base.config.name, base.config.fingerprint, 7, {"images": "photos"},
-                      torch.randn(1, base.config.text.width))
+                      torch.randn(1, base.config.text_encoder.width))
     for name in target_names(base.unet, targets):
         C_out, C_in = base.unet.get_submodule(name).weight.shape
         subject.lora[name] = scale * torch.randn(rank, C_in), scale * torch.randn(C_out, rank)
@@ -68,7 +68,7 @@ def random_subject(base, rank=2, scale=0.3, targets="all"):
 GOLDEN = Path(__file__).parent / "golden"
 OFFICIAL = json.loads((GOLDEN / "official_keys.json").read_text())
 OFFICIAL = {name: tuple(shape) for name, shape in OFFICIAL.items()}
-SMALL = {"text": TextConfig(width=64, heads=4, layers=2),
+SMALL = {"text_encoder": TextConfig(width=64, heads=4, layers=2),
          "vae": VAEConfig(channels=32, channel_mult=(1, 2, 2), num_res_blocks=1),
          "unet": UNetConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2),
                             head_channels=16, context_dim=64)}

@@ -80,8 +80,8 @@ def test_what_is_shared_names_no_folder_of_its_author(flags, call, tmp_path):
     call(train, *flags, "--images", "link", "--steps", 2, "--resume", "out")
 
 
-PHOTOS, CAPTIONS = "--images: these are not the photos", "--images: these are not the captions"
-PRIOR, BASE = "--prior or --num_prior: these are not the pictures", "--base: this is not the base"
+PHOTOS, CAPTIONS = "--images: not the photos", "--images: not the captions"
+PRIOR, BASE = "--prior or --num_prior: not the prior", "--base: not the base"
 
 
 def red_picture(path):

@@ -43,8 +43,8 @@ train BASE PHOTOS --steps 0 | --steps 0: must be from 1 to
 train BASE PHOTOS --steps many | --steps: invalid int value: 'many'; --help lists all flags
 train BASE PHOTOS --height 40 | --height 40: must be a multiple of 16 on the base tiny0
 train BASE PHOTOS --resume nowhere | --resume nowhere: no save is under nowhere
-train BASE PHOTOS --out good.safetensors/x | good.safetensors is a file or may not be written to
-sample BASE --subject nowhere.safetensors | nowhere.safetensors: no such file
+train BASE PHOTOS --out good.safetensors/x | good.safetensors is a file, or you may not write to it
+sample BASE --subject nowhere.safetensors | nowhere.safetensors: not a readable safetensors file (No such file
 sample BASE --subject cut.safetensors | cut.safetensors: not a readable safetensors file
 sample BASE --subject plain.safetensors | plain.safetensors: is no subject, or its content
 sample BASE --subject none | --prompt: is needed without a subject

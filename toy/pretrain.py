@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel
 
-from model import (NOISE_LEVELS, NoiseSchedule, ScheduleConfig, TextConfig, Tokenizer, UNetConfig, VAEConfig,
-                   pixels)
+from model import (NOISE_LEVELS, VAE, NoiseSchedule, ScheduleConfig, TextConfig, TextEncoder, Tokenizer, UNet,
+                   UNetConfig, VAEConfig, pixels)
 from support.cli import (BadInput, FlagParser, atomic_write, check_out, join_processes, lock_folder,
                          progress_bar, run_script)
 from support.config import BaseConfig, SamplingDefaults, TrainingDefaults, loss_weights, save_config
-from support.files import PARTS, build_part, fingerprint
+from support.files import PARTS, fingerprint
 from toy.world import FRAMES, SIZE, caption, draw_clip, random_scene
 
 # Standard deviation of the scaled latents. Large latents need more noise to hide which way a clip moves, so
@@ -37,14 +37,13 @@ LATENT_STD = 20.0
 CONFIG = BaseConfig(
     name="toy", latent_std=LATENT_STD,
     schedule=ScheduleConfig(beta_end=0.025),
-    text=TextConfig(width=64, heads=4, layers=2),
+    text_encoder=TextConfig(width=64, heads=4, layers=2),
     vae=VAEConfig(channels=16, channel_mult=(1, 2, 4, 4), num_res_blocks=1, norm_groups=4),
     unet=UNetConfig(channels=48, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2),
                     head_channels=16, context_dim=64, norm_groups=8),
     sampling=SamplingDefaults(frames=FRAMES, height=SIZE, width=SIZE, fps=8, save_fps=8,
                               prompt="a V* {class word} moving up on the snow", cfg=2.5),
-    training=TrainingDefaults(rank=32, lr=2e-3, scale_lr=False, frames=FRAMES, steps=500, num_prior=16,
-                              images="toy/subjects/berry", class_word="heart"))
+    training=TrainingDefaults(rank=32, lr=2e-3, scale_lr=False, frames=FRAMES, steps=500, num_prior=16))
 
 VAE_STEPS = 9000        # each on 16 pictures
 CLIPS = 16_000          # for the UNet and the text tower, drawn and encoded once
@@ -74,7 +73,7 @@ def train_vae(out, device):
     """Trains the VAE to reconstruct, with a weak pull of its latents towards N(0, 1), as in AutoencoderKL."""
     batch = 16
     torch.manual_seed(0)
-    vae = build_part("vae", CONFIG).to(device, memory_format=torch.channels_last)
+    vae = VAE(CONFIG.vae).to(device, memory_format=torch.channels_last)
     run = Run(out / "vae.pt", vae, lr=1.5e-3, scales={vae: 1}, steps=VAE_STEPS)
     if run.step == run.steps:
         return
@@ -126,7 +125,7 @@ def encode_clips(out, device):
     path, batch = out / "latents.safetensors", 32
     if path.exists():
         return
-    vae = load_average(build_part("vae", CONFIG), out / "vae.pt")
+    vae = load_average(VAE(CONFIG.vae), out / "vae.pt")
     vae.to(device, memory_format=torch.channels_last)
     scenes, latents = training_scenes(CLIPS), []
     for first in progress_bar(range(0, len(scenes), batch), desc="latents", unit=f"{batch} clips"):
@@ -140,7 +139,7 @@ def encode_clips(out, device):
 
 def build_networks():
     """The untrained UNet and text tower as one module, because they are trained and averaged together."""
-    return nn.ModuleDict({part: build_part(part, CONFIG) for part in ("unet", "text_encoder")})
+    return nn.ModuleDict({"unet": UNet(CONFIG.unet), "text_encoder": TextEncoder(CONFIG.text_encoder)})
 
 
 def train_unet(out, device):
@@ -208,7 +207,7 @@ def export(out):
         print(f"{path} exists already and is kept")
         return
     networks = load_average(build_networks(), out / "unet.pt")
-    networks["vae"] = load_average(build_part("vae", CONFIG), out / "vae.pt")
+    networks["vae"] = load_average(VAE(CONFIG.vae), out / "vae.pt")
     # Words that are in no caption were never trained, so their random embeddings are set to 0.
     embeddings = networks["text_encoder"].token_embedding.weight.data
     captions = [caption(scene) for scene in training_scenes(2000)]

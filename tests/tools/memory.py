@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from lora import add_lora, target_names
 from model import TEXT_LENGTH, VOCAB_SIZE, Z_CHANNELS, Base
 from support.config import BaseConfig
-from support.files import PARTS, build_part
+from support.files import PARTS
 from train import SubjectLoss
 
 GIB = 2**30
@@ -72,7 +72,7 @@ def meta_base(dtype=torch.bfloat16, lora=False):
     """VideoCrafter2 with its UNet in `dtype` -> base, the bytes of its weights, a LoRA's layers or none."""
     config = BaseConfig()
     with torch.device("meta"):
-        networks = {part: build_part(part, config).eval().requires_grad_(False) for part in PARTS}
+        networks = {part: PARTS[part](getattr(config, part)).eval().requires_grad_(False) for part in PARTS}
         networks["unet"].to(dtype)
         layers = add_lora(networks["unet"], config.training.rank) if lora else {}
     weights = sum(p.nbytes for network in networks.values() for p in network.parameters())
@@ -84,7 +84,7 @@ def inputs(base, clips, frames):
     size, factor = base.config.sampling, base.config.vae.factor
     with base.device:
         z = torch.randn(clips, Z_CHANNELS, frames, size.height // factor, size.width // factor)
-        return z, torch.full((clips,), 500), torch.randn(clips, TEXT_LENGTH, base.config.text.width)
+        return z, torch.full((clips,), 500), torch.randn(clips, TEXT_LENGTH, base.config.text_encoder.width)
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def training_step(base, layers, clips, frames, prior_frames):
     """-> SubjectLoss, and what it takes: clips of the subject, and as many of the prior unless 0 frames."""
     size = base.config.sampling
     with base.device:
-        loss = SubjectLoss(base, torch.randn(1, base.config.text.width), layers, frames, size.fps)
+        loss = SubjectLoss(base, torch.randn(1, base.config.text_encoder.width), layers, frames, size.fps)
         eps, t, _ = inputs(base, clips, frames)
         batch = [torch.randn(clips, 3, size.height, size.width),
                  torch.full((clips, TEXT_LENGTH), VOCAB_SIZE), t, eps]
