@@ -268,7 +268,7 @@ def parse_args():
     p.add_argument("--negative_prompt", default="", help="description to steer away from")
     add_flags(p, SamplingDefaults)
     p.add_argument("--lambdas", default="",
-                   help='instead of these three: "0.4*5,0.4>0.8*10,0.8*35"; a>b*n is a ramp of n steps')
+                   help='instead of the three: "0.4*5,0.4>0.8*10,0.8*35", where a>b*n is a ramp of n steps')
     p.add_argument("--seed", type=int, default=secrets.randbelow(2**31),
                    help="of a prompt's first video; the others count up (default: random)")
     p.add_argument("--num", "--num_videos", dest="num", type=int, default=1,
@@ -287,7 +287,7 @@ def parse_args():
     if "mp4" in args.format:
         check_ffmpeg("--format mp4", "or pass --format gif")
     if args.lambdas and not (args.lambda_s is args.lambda_l is args.K is None):
-        raise BadInput("--lambdas: replaces --lambda_s, --lambda_l and --K; give only one of them")
+        raise BadInput("--lambdas: replaces --lambda_s, --lambda_l and --K; leave those out")
     return args
 
 

@@ -5,8 +5,8 @@
     python train.py --images photos/dog --class_word dog    # your own photos; --base names another base
     python train.py --resume latest                         # continues the newest run of these photos
 
-Writes OUT/subject.safetensors, which sample.py takes; OUT/step-*/, the newest saves; OUT/log.jsonl and
-OUT/preview.png. V* and the pairs (A, B) are trained, 96 for VideoCrafter2. Everything else is frozen.
+Writes into --out, or runs/NAME of the photo folder: subject.safetensors, for sample.py; step-*/, the newest
+saves; log.jsonl; preview.png. V* and the pairs (A, B) are trained, 96 for VideoCrafter2. All else is frozen.
 
 Shapes: B subject clips per process and as many prior clips, T frames, L text tokens, D text width;
 latents z (B, 4, T, h, w), 8 times smaller than pixels.

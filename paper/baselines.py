@@ -1,4 +1,4 @@
-"""The two methods that the paper compares with, trained by the paper's own loop (`train.fit`).
+"""The two methods that the paper compares with, trained by train.py's own loop (`fit`).
 
     python paper/baselines.py custom_diffusion --images photos/dog --class_word dog     # Kumari et al. 2023
     python sample.py --subject runs/dog-custom_diffusion --lambdas "1*50"
@@ -88,9 +88,9 @@ class RescaledSamples(Samples):
     def subject_sample(self, i):
         """Sample number i -> image (4, H, W), whose fourth channel is the loss mask, and caption.
 
-        A photo at less than 0.6 of its size is placed at random on grey, and the loss counts only inside the
-        photo, one latent cell away from its edge. The mask's mean is 1, so that the mean over the clip
-        becomes the mean over the cells that count.
+        Most photos fill the frame. One at less than 0.6 of its size is placed at random on grey, and the loss
+        counts only inside it, one latent cell away from its edge. The mask's mean is 1, so that the mean over
+        the clip becomes the mean over the cells that count.
         """
         photo, rng = self.photo_of(i), np.random.default_rng((self.seed, 1, i))
         caption = photo.caption or f"photo of a {self.subject_words}"
@@ -278,8 +278,8 @@ def sample_subject(args):
 
 PUBLISHED = {"custom_diffusion": "--lr 8e-5 --steps 500 --alpha 1",
              "dreamvideo": "--lr 1e-5 --steps 4000 --word_lr 1e-4 --alpha 0 --weight_decay 0"}
-WITHOUT_EFFECT = {"--rank", "--scale_lr", "--caption_dropout", "--preview_every", "--targets",
-                  "--lambda_s", "--lambda_l", "--K", "--lambdas", "--compare"}
+WITHOUT_EFFECT = {"--rank", "--scale_lr", "--no-scale_lr", "--caption_dropout", "--preview_every",
+                  "--targets", "--lambda_s", "--lambda_l", "--K", "--lambdas", "--compare"}
 
 
 def main():
@@ -294,7 +294,7 @@ def main():
     own, flags = p.parse_known_args()
     for flag in flags:
         if flag.partition("=")[0] in WITHOUT_EFFECT:
-            raise BadInput(f"{flag}: has no effect on this method; leave it out")
+            raise BadInput(f"{flag}: has no effect here; leave it out")
 
     sys.argv[1:] = [*PUBLISHED.get(own.command, "").split(), *flags]
     if own.command == "sample":

@@ -1,4 +1,4 @@
-"""The paper's metrics: CLIP-T, CLIP-I, DINO-I and temporal consistency; and motion, which none of them sees.
+"""The paper's four metrics (CLIP-T, CLIP-I, DINO-I, temporal consistency), and motion, which they miss.
 
     python paper/evaluate.py --videos outputs/x outputs/base --images photos/dog
 
@@ -55,7 +55,7 @@ def main():
                      "DINO-I": cosines(dino_photos, dino_frames),
                      "T.Cons": consistency(clip_frames),
                      "motion": motion(video)})
-    report(rows, args.out or args.videos[0])
+    report(rows, args.out)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -77,8 +77,9 @@ def motion(video):
     picture's width; nan if T = 1.
 
     Each block of 16 x 16 pixels, in a picture at most 128 wide, is searched for in the next frame, up to 8
-    pixels away, whatever its brightness and contrast there. A displacement counts only if it more than halves
-    the block's residual, and if that is above 2 grey levels, so noise and flicker count as no motion.
+    pixels away, whatever its brightness and contrast there. A displacement counts only if the residual of the
+    block at rest is above 2 grey levels, and the displacement more than halves it (as a variance). So noise
+    and flicker count as no motion.
     """
     block, reach = 16, 8
     width = max(block, min(128, video.shape[2]) // block * block)
@@ -121,7 +122,7 @@ class Tower:
     def images(self, pictures):
         """List of N RGB pictures of any size -> (N, D)."""
         features = []
-        for i in range(0, len(pictures), 16):   # 16 at once
+        for i in range(0, len(pictures), 16):
             x = torch.stack([self.transform(picture) for picture in pictures[i:i + 16]])
             features.append(self.encode(x.to(self.device)))
         return F.normalize(torch.cat(features).float().cpu(), dim=1)
@@ -134,7 +135,7 @@ class Tower:
 
 
 def load_clip(path, device):
-    """OpenAI's ViT-B/32 with QuickGELU. `ViT-B-32` would load the same weights, but its scores are wrong."""
+    """OpenAI's ViT-B/32. open_clip's `ViT-B-32` has another activation, so its scores would be wrong."""
     import open_clip
     model = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32-quickgelu"))
     repository = "timm/vit_base_patch32_clip_224.openai"
@@ -145,7 +146,7 @@ def load_clip(path, device):
 
 
 def load_dino(path, device):
-    """DINO's ViT-S/16: the class token after the norm. Like its authors, resizes to 256 and crops to 224."""
+    """DINO's ViT-S/16: its class token after the norm. Pictures are resized to 256 and cropped to 224."""
     import timm
     model = timm.create_model("vit_small_patch16_224", num_classes=0)
     load_weights(model, path, "--dino", "timm/vit_small_patch16_224.dino", "model.safetensors")
@@ -195,7 +196,7 @@ def read_video(path, job):
         return video
     except Exception as error:  # imageio and ffmpeg each raise errors of their own
         raise BadInput(f"{path}: not a readable video ({one_line(error)}); "
-                       f"delete its JSON and sample it again") from None
+                       f"delete it and sample it again") from None
 
 
 def report(rows, out):
@@ -222,8 +223,8 @@ def parse_args():
     p.add_argument("--out", type=Path, help="folder for evaluation.json (default: the first of --videos)")
     args = p.parse_args()
     check_ffmpeg("--videos", "or evaluate on another machine")
-    if args.out:
-        check_out(args.out)
+    args.out = args.out or args.videos[0]
+    check_out(args.out)
     return args
 
 

@@ -129,8 +129,8 @@ def add_flags(parser, cls, only=None):
 def add_speed_flags(parser, precisions, training=False):
     """Adds --precision and --compile of the UNet; for training, --grad_checkpointing too."""
     parser.add_argument("--precision", choices=["auto", *precisions], default="auto",
-                        help="of the UNet; auto: bfloat16 if the GPU has it, otherwise float16 to sample on a "
-                             "GPU, and float32 elsewhere")
+                        help="of the UNet; auto: bfloat16 if the GPU has it, otherwise float16 to sample on "
+                             "a GPU, and float32 elsewhere")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: slow to start, then "
                         "faster; needs Triton on a GPU and a C++ compiler on a CPU")
     if training:

@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw
 
 from support.cli import BadInput, atomic_write, one_line
 
-# The colours that ffmpeg writes for RGB: BT.601's matrix, sRGB's curve. Without the tags, players guess
-# others at HD sizes. With `faststart`, a browser plays a video before it has loaded all of it.
+# Tags for the colours that ffmpeg makes of RGB (BT.601's matrix, sRGB's curve), because players guess others
+# at HD sizes. With `faststart`, a browser plays a video before it has loaded all of it.
 FFMPEG_FLAGS = ["-color_range", "tv", "-colorspace", "smpte170m", "-movflags", "+faststart", "-x264-params",
                 "colorprim=bt709:transfer=iec61966-2-1:colormatrix=smpte170m"]
 
@@ -30,8 +30,8 @@ def write_mp4(path, video, fps, quality):
     except OSError:
         written = 0
     if written < len(video):
-        raise BadInput(f"ffmpeg did not write all {len(video)} frames of an mp4; make room, install an "
-                       f"ffmpeg with libx264, or pass --format gif")
+        raise BadInput(f"ffmpeg did not write all {len(video)} frames of an mp4; make room, or install an "
+                       f"ffmpeg with libx264; sample.py can write gifs instead (--format gif)")
 
 
 def write_gif(path, video, fps):
