@@ -68,19 +68,21 @@ def cosines(a, b):
 
 
 def consistency(frames):
-    """Features of frames (T, D) -> T.Cons, the mean cosine of neighbours: 1 if frozen, nan if T = 1."""
-    return (frames[1:] * frames[:-1]).sum(dim=1).mean().item()
+    """Features of frames (T, D) -> T.Cons, the mean cosine of neighbours: 1 if frozen, None if T = 1."""
+    return (frames[1:] * frames[:-1]).sum(dim=1).mean().item() if len(frames) > 1 else None
 
 
 def motion(video):
     """How far things move between frames: (T, H, W, 3) uint8 -> mean over blocks, in percent of the
-    picture's width; nan if T = 1.
+    picture's width; None if T = 1.
 
     Each block of 16 x 16 pixels, in a picture at most 128 wide, is searched for in the next frame, up to 8
     pixels away, whatever its brightness and contrast there. A displacement counts only if the residual of the
     block at rest is above 2 grey levels, and the displacement more than halves it (as a variance). So noise
     and flicker count as no motion.
     """
+    if len(video) < 2:
+        return None
     block, reach = 16, 8
     width = max(block, min(128, video.shape[2]) // block * block)
     size = (max(block, round(width * video.shape[1] / video.shape[2] / block) * block), width)
@@ -205,8 +207,11 @@ def report(rows, out):
     for folder, own_rows in itertools.groupby(rows, key=lambda row: row["folder"]):
         own_rows, cells = list(own_rows), []
         for metric in METRICS:
-            values = [row[metric] for row in own_rows]
-            cells.append(f"{np.mean(values):.3f} ± {np.std(values) / len(values) ** 0.5:.3f}")
+            values = [row[metric] for row in own_rows if row[metric] is not None]
+            cell = "–"
+            if values:
+                cell = f"{np.mean(values):.3f} ± {np.std(values) / len(values) ** 0.5:.3f}"
+            cells.append(cell)
         print(f"| {folder} | {len(own_rows)} | " + " | ".join(cells) + " |")
     with atomic_write(out / "evaluation.json") as temporary:
         temporary.write_text(json.dumps({"videos": rows}, indent=1) + "\n", encoding="utf-8")
