@@ -229,7 +229,7 @@ def make_batch(args, base, settings, tokens, batch, variants, bar):
 
         def on_step(i, z_0):
             bar.update(len(batch))
-            if i in shown:
+            if i in shown and label == variants[-1][0]:
                 predicted[f"step {i + 1}, lambda {lambdas[i]:g}"] = base.decode(z_0).numpy()
 
         prompts = tokens[[n for _, n, _ in batch]]

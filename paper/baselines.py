@@ -31,7 +31,7 @@ from lora import LoRALinear, class_embedding, spatial_blocks
 from model import pixels, zeroed
 from support.cli import BadInput, FlagParser, join_processes, run_script, stop_signals
 from support.config import check_sampling, with_flags
-from support.files import Subject, load_subject, open_base
+from support.files import Subject, find_subjects, load_subject, open_base
 from support.runs import Log, load_training, lock_run, pick_run, run_settings, save_training, steps_done
 from support.texts import pick_prompts
 
@@ -260,12 +260,12 @@ def learn_subject(args, config):
 
 def sample_subject(args):
     """Writes videos of a DreamVideo subject, with the names and JSONs that sample.py would give them."""
-    process, path = join_processes(), Path(args.subject[0])
+    process = join_processes()
     base = open_base(args, process)
     settings = replace(with_flags(base.config.sampling, args), K=0)
     check_sampling(base.config, settings)
     args.lambdas = f"1*{settings.steps}"    # full strength, as the JSONs record
-    path = path / "subject.safetensors" if path.is_dir() else path
+    path, = find_subjects(args.subject, base.config.fingerprint)
     subject = load_subject(path, base, DreamVideoSubject)
     prompts, tokens = pick_prompts(args, settings, [subject])
     variants = [("", [subject], [1.0] * settings.steps)]
@@ -299,7 +299,7 @@ def main():
     sys.argv[1:] = [*PUBLISHED.get(own.command, "").split(), *flags]
     if own.command == "sample":
         args = sample.parse_args()
-        if len(args.subject) != 1:
+        if len(args.subject) != 1 or "none" in args.subject:
             raise BadInput("--subject: name one run of dreamvideo")
         sample_subject(args)
     else:

@@ -39,7 +39,7 @@ def pick_run(args, photos, process, suffix=""):
     runs, name = Path("runs"), f"{Path(os.path.abspath(args.images)).name}{suffix}"
     save = None
     if args.resume is not None:
-        save = pick_save(args.resume, args.out, runs, digest([photo.crc32 for photo in photos]))
+        save = pick_save(args.resume, args.out, runs, digest_of_photos(photos))
     if args.out:        # of a new run, or of a branch of another run
         out = args.out
     elif save:
@@ -138,7 +138,7 @@ def run_settings(args, training, sampling, base, photos, prior_files, process):
     settings |= {name: getattr(sampling, name) for name in ("height", "width", "fps")}
     config = asdict(replace(base.config, name="", sampling=None, training=None))
     settings |= {
-        "base": digest(config), "photos": digest([photo.crc32 for photo in photos]),
+        "base": digest(config), "photos": digest_of_photos(photos),
         "captions": digest([photo.caption for photo in photos]), "prior": digest(prior_files),
         "images": Path(os.path.abspath(args.images)).name,      # no path, because people share subjects
         "precision": base.precision,
@@ -150,6 +150,10 @@ def run_settings(args, training, sampling, base, photos, prior_files, process):
 def digest(values):
     """12 hex digits that identify values of any kind that JSON can hold."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def digest_of_photos(photos):
+    return digest([photo.crc32 for photo in photos])
 
 
 def check_settings(save, before, now):

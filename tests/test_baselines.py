@@ -198,6 +198,7 @@ def test_custom_diffusion_starts_from_a_rare_word(flags, base, tmp_path, call):
     assert torch.allclose(subject.v_star[0], base.text_encoder.token_embedding.weight[42170], atol=1e-5)
     assert all((B @ A).abs().sum() > 0 for A, B in subject.lora.values())
     assert list((tmp_path / "prior").glob("*/*.png"))                       # its prior loss has weight 1
+    call(sample, *flags[:2], "--subject", "x", "--lambdas", "1*4")
 
 
 @pytest.mark.parametrize("method, expected", [

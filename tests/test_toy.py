@@ -156,8 +156,7 @@ def test_subjects_share_the_clips_of_a_row_equally(tmp_path, base, base_folder, 
     mean, error = map(float, re.search(r"(\S+) ± (\S+) \| \S+ ± \S+ \|$", lines[3]).groups())
     assert mean == pytest.approx(np.mean(like), abs=2e-3)
     assert error == pytest.approx(abs(like[0] - like[1]) / 2, abs=2e-3)
-    picture = Image.open(tmp_path / "outputs" / "experiment" / "claim.png")
-    assert picture.size == (2 * (4 * 64 + 8), 2 * (64 + 14))
+    assert Image.open(tmp_path / "outputs/experiment/claim.png").size == (2 * (4 * 64 + 8), 2 * (64 + 14))
     error, = call(experiment, "claim", *flags, "--clips", 7, code=2).err.splitlines()
     assert error.startswith("error: --clips 7: should be a multiple of 2")
 

@@ -49,7 +49,7 @@ def main():
     if process.rank > 0:
         sys.stdout = open(os.devnull, "w")  # rank 0 prints for all
     base = load_base(args.base, process.device, getattr(torch, args.precision))
-    EXPERIMENTS[args.what](args, base, process)
+    args.run(args, base, process)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -109,8 +109,10 @@ def measure_claim(args, base, process):
     ground in turn.
     """
     subjects = [load_learned(path, base) for path in find_subjects(args.subject, base.config.fingerprint)]
-    if not subjects or args.clips % len(subjects):
-        raise BadInput(f"--clips {args.clips}: should be a multiple of {len(subjects) or 1}, because as many "
+    if not subjects:
+        raise BadInput("--subject none: claim needs a subject, because it measures likeness")
+    if args.clips % len(subjects):
+        raise BadInput(f"--clips {args.clips}: should be a multiple of {len(subjects)}, because as many "
                        f"subjects share a row's clips equally")
     settings, share = base.config.sampling, args.clips // len(subjects)
     schedules = {text: parse_lambdas(text, settings.steps) for text in args.lambdas if text != "base"}
@@ -248,8 +250,8 @@ class Table:
 # Flags
 
 
-EXPERIMENTS = {"base": measure_base, "decided": measure_decision, "claim": measure_claim}
-CLIPS = {"base": 256, "decided": 64, "claim": 120}      # per row
+# Name -> function, default of --clips.
+EXPERIMENTS = {"base": (measure_base, 256), "decided": (measure_decision, 64), "claim": (measure_claim, 120)}
 
 
 def parse_args():
@@ -262,7 +264,8 @@ def parse_args():
     p.add_argument("--lambdas", nargs="+", default=LAMBDAS,
                    help="for claim: one schedule per row, as in sample.py; base is the base with class words "
                         f"(default: {' '.join(LAMBDAS)})")
-    p.add_argument("--clips", type=int, help="clips per row (default: 256, 64 or 120)")
+    numbers = ", ".join(f"{name} {clips}" for name, (_, clips) in EXPERIMENTS.items())
+    p.add_argument("--clips", type=int, help=f"clips per row (default: {numbers})")
     p.add_argument("--precision", choices=["float32", "bfloat16"], default="float32",
                    help="of the UNet; bfloat16 takes half the time on CPUs that support it "
                         "(default: %(default)s)")
@@ -271,7 +274,8 @@ def parse_args():
     args = p.parse_args()
     check_flags(args, clips=(1, 100_000))
     check_out(args.out)
-    args.clips = args.clips or CLIPS[args.what]
+    args.run, clips = EXPERIMENTS[args.what]
+    args.clips = args.clips or clips
     return args
 
 
